@@ -1,0 +1,331 @@
+"Chapter 07: the student is an ordinary model, whatever the architecture and wherever the cut."
+import copy, json, os, signal, subprocess, sys, time
+import pytest, torch, transformers as tf
+from pathlib import Path
+from linearpatch.models import *
+from linearpatch.pruning import *
+from tiny import CONFIGS, IDS, bypass, llama, make, new_tokens, random_patch
+
+CUTS = {"middle": [Cut(2, 4)], "first": [Cut(0, 2)], "last": [Cut(4, 6)], "many": [Cut(0, 1), Cut(2, 3), Cut(4, 6)]}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    tf.utils.logging.disable_progress_bar()
+    yield
+    tf.utils.logging.enable_progress_bar()
+
+
+def patches_for(cuts): return [random_patch(c, seed=i) for i, c in enumerate(cuts)]
+def student_of(name="llama", where="middle", **kw): return prune(make(name), CUTS[where], patches_for(CUTS[where]), **kw)
+def logits(model, ids=IDS, **kw):
+    with torch.no_grad(): return model(ids, **kw).logits
+
+
+# -- the function
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("where", ["middle", "many"])
+def test_function_and_cache(name, where):
+    teacher, cuts = make(name), CUTS[where]
+    patches = patches_for(cuts)
+    with bypass(decoder_layers(teacher), cuts, patches): expected = logits(teacher, use_cache=False)
+    dense = logits(teacher)
+    student = prune(teacher, cuts, patches)
+    torch.testing.assert_close(logits(student), expected, rtol=1e-5, atol=1e-6)
+    assert (logits(student) - logits(remove_layers(teacher, cuts))).abs().max() > 1e-4, "the patches do something"
+    assert torch.equal(logits(teacher), dense) and not hasattr(teacher.config, "linearpatch") and patch_modules(teacher) == []
+    assert torch.equal(new_tokens(student, use_cache=True), new_tokens(student, use_cache=False))
+
+
+@pytest.mark.parametrize("where", CUTS)
+def test_every_place(where):
+    teacher, cuts = make("llama"), CUTS[where]
+    patches = patches_for(cuts)
+    with bypass(decoder_layers(teacher), cuts, patches): expected = logits(teacher, use_cache=False)
+    student = prune(teacher, cuts, patches)
+    torch.testing.assert_close(logits(student), expected, rtol=1e-5, atol=1e-6)
+    weights = [m.weight for m in patch_modules(student)]
+    assert len(weights) == len(cuts) and all(torch.equal(w, p.matrix.T.float()) for w, p in zip(weights, patches)) and all(w.is_contiguous() for w in weights)
+    assert all(w.data_ptr() != p.matrix.data_ptr() for w, p in zip(weights, patches))
+    assert student.config.linearpatch["cuts"] == [[c.start, c.stop] for c in cuts]
+
+
+def test_interfaces():
+    assert interfaces([Cut(2, 4)], 6) == [(2, "input")]
+    assert interfaces([Cut(0, 2)], 6) == [(0, "input")]
+    assert interfaces([Cut(4, 6)], 6) == [(3, "output")]
+    assert interfaces([Cut(0, 1), Cut(2, 3), Cut(4, 6)], 6) == [(0, "input"), (1, "input"), (1, "output")]
+
+
+def test_identity_patch_changes_nothing():
+    teacher, cut = make("llama"), Cut(2, 4)
+    patch = random_patch(cut); patch.matrix = torch.eye(32)
+    assert torch.equal(logits(prune(teacher, cut, patch)), logits(remove_layers(teacher, cut)))
+    patch.family = "none"
+    student = prune(teacher, cut, patch)
+    assert patch_modules(student) == [] and student.config.linearpatch["patches"] == []
+
+
+def test_no_patches():
+    teacher = make("gpt2")
+    assert torch.equal(logits(prune(teacher, "1:3")), logits(remove_layers(teacher, Cut(1, 3))))
+
+
+def test_keyword_and_tuple_layers():
+    "Decoder layers may be called by keyword, and older versions return tuples."
+    student = student_of(where="many")
+    expected = logits(student)
+    for layer in decoder_layers(student): # hooks run outside forward, so a tuple from forward is what the output hook sees
+        inner = layer.forward
+        layer.forward = lambda *a, inner=inner, **k: (inner(*a, **k),)
+    unpack = [layer.register_forward_hook(lambda m, a, out: out[0]) for layer in decoder_layers(student)]
+    assert torch.equal(logits(student), expected) and len(unpack) == 2
+    layer, h = decoder_layers(student_of())[2], torch.randn(1, 4, 32)
+    rope = make("llama").model.rotary_emb(h, torch.arange(4)[None])
+    with torch.no_grad(): assert torch.equal(layer(hidden_states=h, position_embeddings=rope), layer(h, position_embeddings=rope))
+
+
+# -- an ordinary model
+
+def test_ordinary_model():
+    student = student_of()
+    assert type(student) is tf.LlamaForCausalLM and isinstance(student, tf.PreTrainedModel)
+    assert student.config.num_hidden_layers == 4
+    assert "model.layers.2.linear_patch.weight" in student.state_dict()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom"])
+def test_padding(name):
+    student = student_of(name, "many")
+    ids = torch.tensor([[2, 2, 2, 0, 5, 9, 33, 12], IDS[0].tolist()])
+    together = new_tokens(student, ids, attention_mask=(ids != 2).long())
+    assert together[0, 3:].tolist() == new_tokens(student, ids[:1, 3:])[0].tolist() and torch.equal(together[1:], new_tokens(student, ids[1:]))
+
+
+def test_static_cache():
+    student = student_of(where="many")
+    assert torch.equal(new_tokens(student, cache_implementation="static", disable_compile=True), new_tokens(student))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compile(name):
+    student = student_of(name, "many")
+    torch._dynamo.reset()
+    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, use_cache=False), logits(student))
+
+
+@pytest.mark.parametrize("dtype, patch_dtype, want", [(torch.bfloat16, None, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float32), (torch.float32, None, torch.float32)])
+def test_dtypes(dtype, patch_dtype, want, tmp_path):
+    teacher = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=dtype).eval()
+    student = prune(teacher, Cut(2, 4), random_patch(Cut(2, 4)), dtype=patch_dtype)
+    assert patch_modules(student)[0].weight.dtype == want and logits(student).dtype == dtype and logits(student).isfinite().all()
+    save_student(student, tmp_path / "s")
+    again = load_student(tmp_path / "s")
+    assert again.dtype == dtype and patch_modules(again)[0].weight.dtype == want and torch.equal(logits(again), logits(student))
+
+
+@pytest.mark.parametrize("where", ["middle", "many"])
+def test_gradients(where):
+    student = student_of(where=where).train()
+    student(IDS, labels=IDS).loss.backward()
+    grads = [m.weight.grad.clone() for m in patch_modules(student)]
+    assert all(g.abs().sum() > 0 for g in grads)
+    student.zero_grad(); getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+    student(IDS, labels=IDS, use_cache=False).loss.backward()
+    for m, g in zip(patch_modules(student), grads): torch.testing.assert_close(m.weight.grad, g)
+
+
+def test_gradient_is_right():
+    student, eps = student_of("gpt2").double().eval(), 1e-6 # Llama's norm computes in float32 in any model
+    weight = patch_modules(student)[0].weight
+    def loss(): return student(IDS).logits.square().mean() # the models' own loss is in float32
+    loss().backward()
+    g = weight.grad[3, 5].item()
+    with torch.no_grad():
+        weight[3, 5] += eps; up = loss()
+        weight[3, 5] -= 2 * eps; down = loss()
+    assert abs((up - down).item() / (2 * eps) - g) < 1e-5 * abs(g)
+
+
+def test_deepcopy():
+    student = student_of(where="many")
+    expected, other = logits(student), copy.deepcopy(student)
+    assert torch.equal(logits(other), expected)
+    with torch.no_grad():
+        for m in patch_modules(other): m.weight.zero_()
+    assert torch.equal(logits(student), expected) and not torch.equal(logits(other), expected)
+
+
+def test_inplace_and_share():
+    teacher = make("llama")
+    expected = logits(student_of(where="many"))
+    shared = prune(teacher, CUTS["many"], patches_for(CUTS["many"]), share=True)
+    own = {id(p) for p in teacher.parameters()}
+    assert {n for n, p in shared.named_parameters() if id(p) not in own} == {"model.layers.0.linear_patch.weight", "model.layers.1.linear_patch.weight", "model.layers.1.linear_patch_out.weight"}
+    assert torch.equal(logits(shared), expected) and n_layers(teacher) == 6
+    assert prune(teacher, CUTS["many"], patches_for(CUTS["many"]), inplace=True) is teacher
+    assert torch.equal(logits(teacher), expected)
+
+
+# -- accelerate
+
+def test_device_map(tmp_path):
+    student = student_of(where="many")
+    save_student(student, tmp_path / "s")
+    assert torch.equal(logits(load_student(tmp_path / "s", device_map={"": "cpu"})), logits(student))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offload(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    student = student_of(where="many")
+    expected = logits(student)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    spread = accelerate.dispatch_model(copy.deepcopy(student), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert patch_modules(spread)[1].weight.device.type == "meta" and torch.equal(logits(spread), expected)
+    teacher = make("llama") # and a teacher whose weights are away while it is pruned
+    accelerate.cpu_offload(teacher, execution_device="cpu")
+    assert next(teacher.parameters()).device.type == "meta"
+    assert torch.equal(logits(prune(teacher, CUTS["many"], patches_for(CUTS["many"]))), expected)
+
+
+def test_patch_follows_the_device():
+    "A hidden state on another device goes to the patch, as it would go to the layer."
+    from linearpatch.pruning import _times
+    patch = torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad(): out = _times(patch, torch.ones(2, 4, dtype=torch.float16))
+    assert out.dtype == torch.float16
+    if torch.cuda.is_available():
+        h = torch.ones(2, 4, device="cuda")
+        assert _times(patch, h).device.type == "cpu" and _times(patch.cuda(), h.cpu()).device.type == "cuda"
+
+
+# -- files
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name, tmp_path):
+    student = student_of(name, "many")
+    save_student(student, tmp_path / "s")
+    again = load_student(tmp_path / "s")
+    assert type(again) is type(student) and not again.training and torch.equal(logits(again), logits(student))
+    a, b = student.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert json.loads((tmp_path / "s/config.json").read_text())["linearpatch"]["cuts"] == [[0, 1], [2, 3], [4, 6]]
+    assert {p.suffix for p in (tmp_path / "s").iterdir()} <= {".json", ".safetensors"}
+    save_student(again, tmp_path / "t") # and once more
+    assert torch.equal(logits(load_student(tmp_path / "t")), logits(student))
+
+
+def test_fresh_process(tmp_path):
+    teacher, tokenizer = load_playground()
+    cut = Cut(2, 4)
+    student = prune(teacher, cut, random_patch(cut, hidden_size(teacher)))
+    save_student(student, tmp_path / "s", tokenizer)
+    ids = tokenizer("The old man", return_tensors="pt").input_ids
+    code = ("import sys, torch; from transformers import AutoTokenizer; from linearpatch.pruning import load_student\n"
+            "m = load_student(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+            "with torch.no_grad(): x = m(t('The old man', return_tensors='pt').input_ids).logits\n"
+            "print(x.double().sum().item(), x.abs().max().item())")
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert out.returncode == 0, out.stderr
+    x = logits(student, ids)
+    assert [float(v) for v in out.stdout.split()] == [x.double().sum().item(), x.abs().max().item()]
+
+
+def test_plain_load_drops_the_patch(tmp_path):
+    "Why load_student exists."
+    student = student_of()
+    save_student(student, tmp_path / "s")
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "s").eval()
+    assert patch_modules(plain) == [] and not torch.equal(logits(plain), logits(student))
+    with pytest.raises(ValueError, match="load_student"): load_model(tmp_path / "s")
+
+
+def test_load_errors(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"): load_student(tmp_path)
+    make("llama").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="no student.*load_model"): load_student(tmp_path / "plain")
+    make("llama").save_pretrained(tmp_path / "lacking")
+    config = json.loads((tmp_path / "lacking/config.json").read_text())
+    config["linearpatch"] = {"cuts": [[2, 4]], "patches": [{"cut": [2, 4], "layer": 2, "side": "input"}]}
+    (tmp_path / "lacking/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="linear_patch.weight"): load_student(tmp_path / "lacking")
+
+
+def test_save_errors(tmp_path):
+    student = student_of()
+    (tmp_path / "full").mkdir(); (tmp_path / "full/x").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"): save_student(student, tmp_path / "full")
+    assert (tmp_path / "full/x").read_text() == "mine"
+    with torch.no_grad(): patch_modules(student)[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"): save_student(student, tmp_path / "nan")
+    assert not (tmp_path / "nan").exists()
+    student = student_of(); del student.config.linearpatch
+    with pytest.raises(ValueError, match="records 0"): save_student(student, tmp_path / "lost")
+
+
+# -- all or nothing
+
+def test_output_folder(tmp_path):
+    with output_folder(tmp_path / "a/b") as partial:
+        (partial / "f").write_text("1"); assert not (tmp_path / "a/b").exists() and partial.parent == tmp_path / "a"
+    assert (tmp_path / "a/b/f").read_text() == "1" and os.listdir(tmp_path / "a") == ["b"]
+    (tmp_path / "empty").mkdir()
+    with output_folder(tmp_path / "empty") as partial: (partial / "f").write_text("2")
+    assert (tmp_path / "empty/f").read_text() == "2"
+    mask = os.umask(0); os.umask(mask)
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_output_folder_fails(error, tmp_path):
+    with pytest.raises(error):
+        with output_folder(tmp_path / "a") as partial: (partial / "f").write_text("1"); raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_output_folder_refuses(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        with output_folder(tmp_path / "file"): raise AssertionError
+    with pytest.raises(ValueError, match="not empty"):
+        with output_folder(tmp_path): raise AssertionError
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c(tmp_path):
+    code = ("import sys, time; from linearpatch.pruning import output_folder\n"
+            "with output_folder(sys.argv[1]) as p: (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "ready\n" and len(os.listdir(tmp_path)) == 1
+    process.send_signal(signal.SIGINT); process.wait(30)
+    assert process.returncode != 0 and os.listdir(tmp_path) == []
+
+
+# -- bad input
+
+@pytest.mark.parametrize("cuts, patches, match", [
+    ([Cut(1, 3)], [Cut(1, 2)], "do not fit"), ([Cut(1, 3)], [], "do not fit"), ([Cut(1, 2), Cut(3, 4)], [Cut(1, 2)], "do not fit"),
+    ([Cut(1, 3)], [Cut(1, 3), Cut(1, 3)], "do not fit"), ([Cut(1, 2), Cut(2, 3)], [Cut(1, 2), Cut(2, 3)], "contiguous run"),
+    ([Cut(4, 7)], None, "out of range"), ([Cut(1, 4), Cut(2, 5)], None, "overlap"), ([Cut(0, 6)], None, "keep at least one")])
+def test_bad_cuts_and_patches(cuts, patches, match):
+    teacher = make("llama")
+    with pytest.raises(ValueError, match=match): prune(teacher, cuts, patches if patches is None else [random_patch(c) for c in patches], inplace=True)
+    assert n_layers(teacher) == 6
+
+
+def test_bad_matrices():
+    teacher, cut = make("llama"), Cut(1, 3)
+    with pytest.raises(ValueError, match=r"\(16, 16\).*\(32, 32\)"): prune(teacher, cut, random_patch(cut, 16), inplace=True)
+    for bad in (float("nan"), float("inf")):
+        patch = random_patch(cut); patch.matrix[3, 4] = bad
+        with pytest.raises(ValueError, match="NaN or infinity"): prune(teacher, cut, patch, inplace=True)
+    patch = random_patch(cut); patch.matrix[0, 0] = 1e6
+    with pytest.raises(ValueError, match="infinity in torch.float16"): prune(teacher, cut, patch, dtype=torch.float16, inplace=True)
+    assert n_layers(teacher) == 6
+
+
+def test_no_second_pruning():
+    with pytest.raises(ValueError, match="a student already.*all cuts at once"): prune(student_of(), Cut(1, 2))
