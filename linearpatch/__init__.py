@@ -11,7 +11,7 @@ import importlib
 # %% ../nbs/reference.ipynb #72247c81
 __version__ = "0.1.0"
 
-# %% ../nbs/reference.ipynb #5e63ba50
+# %% ../nbs/reference.ipynb #e6028567
 _names = {
     "models": (
         "load_model load_playground playground_path Cut candidates runs check_cuts decoder_layers "
@@ -25,6 +25,8 @@ _names = {
     "selection": "Selection METRICS select",
     "pruning": "prune patch_modules save_student load_student output_folder",
     "evaluation": "perplexity kl_divergence evaluate",
+    "report": "Report save_report",
+    "cli": "run_job",
 }
 
 # %% ../nbs/reference.ipynb #50001c43

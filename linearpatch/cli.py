@@ -356,7 +356,7 @@ DeviceOpt = _option(Optional[str], "--device-map", "Where the layers go: auto, c
 SeedOpt = _option(int, "--seed", "The one seed, of everything random.", MACHINE)
 TrustOpt = _option(bool, "--trust-remote-code", "Run the code that comes with the model. Only for models you trust.", MACHINE)
 
-# %% ../nbs/13_cli.ipynb #73450685
+# %% ../nbs/13_cli.ipynb #6ee2c15c
 @app.command(epilog="Example: linearpatch run meta-llama/Llama-2-7b-hf --remove 9 --dtype bfloat16 --device-map auto --out llama-9")
 def run(model: ModelArg, out: OutOpt, remove: RemoveOpt = None, cut: CutOpt = None, metric: MetricOpt = "cosine", patch: PatchOpt = "hadamard",
         compare: CompareOpt = False, calibration: CalibrationOpt = "wikitext2", samples: SamplesOpt = 128, seq_len: SeqLenOpt = 2048,
@@ -364,28 +364,29 @@ def run(model: ModelArg, out: OutOpt, remove: RemoveOpt = None, cut: CutOpt = No
         device_map: DeviceOpt = None, seed: SeedOpt = 0, trust_remote_code: TrustOpt = False):
     """Remove layers from any causal language model, patch the seam, measure, and save the student.
 
-    Six steps: windows of text; one pass over them for the statistics; the choice of the layers; the patch; perplexity
-    of the intact, the pruned and the patched model; a page and a student on disk. The defaults are those of the paper."""
+    Windows of text; one pass over them for statistics; the choice of the layers; the patch;
+    perplexity intact, pruned and patched; a page and a student on disk. The defaults are the paper's."""
     from linearpatch.fusion import FAMILIES
     report = run_job(model, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (), calibration=calibration,
                      samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or (DEMO_PROMPTS[0],)), bos=bos, batch_size=batch_size, dtype=dtype,
                      device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, out=out, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #c76cd2de
+# %% ../nbs/13_cli.ipynb #df55f41b
 @app.command(epilog="Example: linearpatch diagnose Qwen/Qwen3-0.6B --remove 6 --calibration notes.txt --seq-len 512 --out look")
 def diagnose(model: ModelArg, out: OutOpt, remove: RemoveOpt = None, cut: CutOpt = None, metric: MetricOpt = "cosine", calibration: CalibrationOpt = "wikitext2",
              samples: SamplesOpt = 128, seq_len: SeqLenOpt = 2048, bos: BosOpt = True, batch_size: BatchOpt = 1, dtype: DtypeOpt = "auto",
              device_map: DeviceOpt = None, seed: SeedOpt = 0, trust_remote_code: TrustOpt = False):
     """Look before you cut: figures and numbers only, no student.
 
-    How large the stream is at each layer and channel, how unevenly the tokens grow across the cut, and where the metric would cut."""
+    How large the stream is at each layer and channel, how unevenly tokens grow across the cut,
+    and where the metric would cut."""
     report = run_job(model, evaluate=False, remove=remove, cuts=tuple(cut or ()), metric=metric, patch="none", calibration=calibration, samples=samples,
                      seq_len=seq_len, eval=(), bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed,
                      trust_remote_code=trust_remote_code, out=out, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #665050d6
+# %% ../nbs/13_cli.ipynb #40748fb5
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
@@ -400,14 +401,23 @@ def demo_settings(
 def demo(out: OutOpt = Path("demo"), remove: RemoveOpt = None, seed: SeedOpt = 0):
     """The whole story on the bundled model, in less than two minutes on two CPU cores, without a network.
 
-    Layers are removed, perplexity jumps; each kind of patch wins a part of it back; the same sentence is continued by the
-    intact, the pruned and the revived model. Then open report.html."""
+    Layers are removed and perplexity jumps; each kind of patch wins a part of it back;
+    the intact, the pruned and the revived model continue one sentence. Then open report.html."""
     extra = "".join(f" --{k} {v}" for k, v in (("remove", remove), ("seed", seed)) if v)
     settings = demo_settings(remove, seed)
     report = run_job(**settings, out=out, progress=True, command=shlex.join(["linearpatch", "demo", "--out", str(out)]) + extra)
     tell(report, out, demo=True)
 
-# %% ../nbs/13_cli.ipynb #7a9c610c
+# %% ../nbs/13_cli.ipynb #4374ab06
+def _tell_diagnosis(report):
+    "The numbers of a diagnosis in a few lines."
+    from linearpatch.report import number
+    scores, massive = report["figures"]["scores"], report["figures"]["massive"]["largest"]
+    ranked = sorted(scores["scores"], key=lambda s: s[2], reverse=scores["best"] == "max")
+    if ranked: print(f"{report['metric']}, best first: " + ", ".join(f"[{a}, {b}) {v:.4g}" for a, b, v in ranked[:5]))
+    print("mean |X| by layer: " + " ".join(number(v) for v in report["figures"]["magnitude"]["raw"]["by_layer"]))
+    if massive: print("largest |x|: {value:.4g} in X^({layer}), token {position} of a window, channel {channel}\n".format(**massive[0]))
+
 def tell(
     report,     # a `Report`
     out,        # the folder that was written
@@ -417,7 +427,8 @@ def tell(
     import textwrap
     from linearpatch.report import headline, table
     print(textwrap.fill(headline(report), 100) + "\n")
-    if report["perplexity"]: print(table(report) + f"\n* saved in {out}/model; removed: {', '.join(f'[{a}, {b})' for a, b in report['cuts'])}, chosen by {report['metric']}\n")
+    if report["perplexity"]: print(table(report) + f"\n* saved in {out}/model; removed: {', '.join(f'[{a}, {b})' for a, b in report['cuts'])}, {'as given' if report['metric'] == 'given' else 'chosen by ' + report['metric']}\n")
+    else: _tell_diagnosis(report)
     for c in report["continuations"]:
         print(f"{c['prompt']} ...")
         for key in ("dense", "pruned", "patched"): print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:8}", subsequent_indent=" " * 10))

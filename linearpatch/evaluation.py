@@ -32,13 +32,13 @@ def _pieces(shape):
     step = max(1, MAX_FLOATS // (rows * vocab))
     return [slice(a, min(a + step, tokens - 1) + 1) for a in range(0, tokens - 1, step)]
 
-# %% ../nbs/11_evaluation.ipynb #a15e52a0
+# %% ../nbs/11_evaluation.ipynb #a44709ab
 def _check_finite(values, counted, windows, first, what):
     "ValueError naming the first window where a counted value is no finite number."
     bad = (counted & ~values.isfinite()).any(1)
     if bad.any():
         i = first + int(bad.nonzero()[0])
-        raise ValueError(f"the {what} is not finite (nan or inf) in window {i} of {windows.source or 'the windows'}: the logits overflow there; "
+        raise ValueError(f"the {what} is not finite (nan or inf) in window {i} of {windows.source or 'the windows'}: the model breaks there; "
                          "load the model with dtype='float32' or 'bfloat16', or check its weights and its patch")
 
 @contextmanager

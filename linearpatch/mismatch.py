@@ -6,7 +6,7 @@
 __all__ = ['RATIO_BINS', 'TOP_TOKENS', 'layer_states', 'Massive', 'Moments', 'Stats', 'add_moments', 'collect', 'plot_magnitude',
            'plot_massive', 'ratio_quantiles', 'plot_ratios']
 
-# %% ../nbs/02_mismatch.ipynb #e0088eba
+# %% ../nbs/02_mismatch.ipynb #4280dbaf
 import math
 from collections import defaultdict
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from torch import Tensor
 from tqdm import tqdm
 from .models import Cut, candidates, check_cuts, decoder_layers, hidden_size, input_device, n_layers
-from .calibration import Windows
+from .calibration import Windows, check_seq_len
 from .hadamard import Rotation, make_rotation
 
 # %% ../nbs/02_mismatch.ipynb #7697a2b6
@@ -197,7 +197,7 @@ def _finish(self):
 
 _Pass.finish = _finish
 
-# %% ../nbs/02_mismatch.ipynb #4dcdb77f
+# %% ../nbs/02_mismatch.ipynb #5cac1fb4
 @torch.no_grad()
 def collect(
     model,              # the intact model; it is not changed
@@ -212,6 +212,7 @@ def collect(
     "One streaming pass over the windows for every layer and every candidate cut at once; ValueError for NaN or infinity (arXiv 2505.24680, section 3)."
     if (cuts is None) == (n_remove is None): raise ValueError("give n_remove, the number of layers to remove, or cuts, the cuts to compare: one of the two")
     L = n_layers(model)
+    check_seq_len(windows.seq_len, model=model)
     cuts = candidates(L, n_remove) if cuts is None else [r for c in cuts for r in check_cuts(c, L)]
     moments = cuts if isinstance(moments, str) and moments == "all" else [r for c in moments for r in check_cuts(c, L)]
     p = _Pass(model, sorted({*cuts, *moments}), rotation or make_rotation(hidden_size(model)), moments)

@@ -114,12 +114,13 @@ def prune(
     student.config.linearpatch = record
     return student
 
-# %% ../nbs/07_pruning.ipynb #47097979
+# %% ../nbs/07_pruning.ipynb #2d1a87bc
 def patch_modules(
     student:PreTrainedModel, # what `prune` or `load_student` returned
 ) -> list[nn.Linear]:        # in the order of the cuts; `weight` is P transposed
     "The patches of a student (an empty list if it has none)."
-    return [getattr(layer, name) for layer in decoder_layers(student) for name in NAMES.values() if hasattr(layer, name)]
+    layers = decoder_layers(student)
+    return [getattr(layer, name) for layer in layers for name in NAMES.values() if hasattr(layer, name)]
 
 # %% ../nbs/07_pruning.ipynb #56c778fc
 def check_output(

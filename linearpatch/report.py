@@ -233,7 +233,7 @@ def verdict(
     closed = gap_closed(**p)
     return "helps" if closed >= 0.02 else "harms" if closed <= -0.02 else "little"
 
-# %% ../nbs/12_report.ipynb #9cd9ed45
+# %% ../nbs/12_report.ipynb #f0314cfb
 def _because(record):
     if record["patch"] == "none": return "No patch was asked for; try --patch hadamard."
     distance = max((p["distance"] or 0 for p in record["patches"]), default=0)
@@ -265,12 +265,12 @@ def headline(
     corpus, p = next(iter(record["perplexity"].items()))
     m, size, story = record["model"], record["model"]["hidden"], verdict(record)
     gone = m["layers"] - m["layers_after"]
-    times = "One" if len(record["cuts"]) == 1 else f"{len(record['cuts'])}"
-    matrix = f"{times} {size} x {size} matri{'x' if times == 'One' else 'ces'}"
+    many = len(record["cuts"]) > 1
+    matrix = f"{len(record['cuts'])} matrices of {size} x {size} bring" if many else f"One matrix of {size} x {size} brings"
     start = f"Without {gone} of its {m['layers']} layers, the perplexity of {Path(m['name']).name} on {corpus} goes from {number(p['dense'])} to {number(p['pruned'])}"
     if story == "not finite": return start + f", and with the patch to {number(p['patched'])}. A number is not finite: repeat the run with --dtype float32."
     if story == "no gap": return start + f": these layers can go at no cost, and there is nothing to mend (with the patch: {number(p['patched'])})."
-    if story == "helps": return start + f". {matrix} bring{'s' * (times == 'One')} it back to {number(p['patched'])}: {percent(gap_closed(**p))} of the gap is closed, without training." + _best(record, corpus)
+    if story == "helps": return start + f". {matrix} it back to {number(p['patched'])}: {percent(gap_closed(**p))} of the gap is closed, without training." + _best(record, corpus)
     change = "hardly changes that" if story == "little" else "makes it worse"
     return start + f". The patch {change}: {number(p['patched'])}. " + _because(record)
 
@@ -384,7 +384,7 @@ pre { background:#0f172a; color:#e2e8f0; border-radius:10px; padding:14px 18px; 
 @media print { body { background:#fff; } .card { break-inside:avoid; } }
 """
 
-# %% ../nbs/12_report.ipynb #6beadc10
+# %% ../nbs/12_report.ipynb #06a33414
 PAGE_TOP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>linearpatch: {{ title }}</title><style>{{ style }}</style></head><body><main>
@@ -402,7 +402,7 @@ PAGE_TOP = """<!doctype html>
 <span class="up{{ ' last' if marker > 75 else ' first' if marker < 25 else '' }}" style="left:{{ marker }}%;--c:var(--patched)">patched {{ number(first.patched) }}, {{ percent(closed) }} closed</span></div></div>{% endif %}{% endif %}
 <h2>What was removed</h2>
 <div class="layers{{ ' many' if r.model.layers > 40 else '' }}">{% for kind, text in strip %}<b class="{{ kind }}">{{ text }}</b>{% endfor %}</div>
-<p class="soft">{{ removed }} of {{ r.model.layers }} (striped) {{ "go" if gone > 1 else "goes" }}, chosen by {{ r.metric }}{% if r.patch != "none" %}; the teal block is the patch, a {{ r.model.hidden }} x {{ r.model.hidden }} matrix P that the stream is multiplied by instead{% endif %}.
+<p class="soft">{{ removed }} of {{ r.model.layers }} (striped) {{ "go" if gone > 1 else "goes" }}, {{ "as given" if r.metric == "given" else "chosen by " ~ r.metric }}{% if r.patch != "none" %}; the teal block is the patch, a {{ r.model.hidden }} x {{ r.model.hidden }} matrix P that the stream is multiplied by instead{% endif %}.
 {{ "{:,}".format(r.model.parameters) }} parameters become {{ "{:,}".format(r.model.parameters_after) }}.</p>
 {% if r.notes %}<div class="card notes">{% for note in r.notes %}<p class="soft" style="margin:0">{{ note }}</p>{% endfor %}</div>{% endif %}
 """
@@ -473,13 +473,13 @@ def page(
         removed=removed.capitalize(), gone=m["layers"] - m["layers_after"], saved=saved, captions=CAPTIONS,
         figures={name: base64.b64encode(data).decode() for name, data in (figures or {}).items()})
 
-# %% ../nbs/12_report.ipynb #186987ca
+# %% ../nbs/12_report.ipynb #a87a803b
 def preview(
     html:str,   # a page
     height=620, # of the frame, pixels
 ) -> Markup:    # HTML that shows the page inside another one
     "A page in a frame, for a notebook."
-    return Markup(f'<iframe srcdoc="{escape(html, quote=True)}" style="width:100%;height:{height}px;border:1px solid #e2e8f0;border-radius:8px"></iframe>')
+    return Markup(f'<div><iframe srcdoc="{escape(html, quote=True)}" style="width:100%;height:{height}px;border:1px solid #e2e8f0;border-radius:8px"></iframe></div>')
 
 # %% ../nbs/12_report.ipynb #73d7c584
 def save_report(
