@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 from .models import input_device, text_config
 
-# %% ../nbs/01_calibration.ipynb #f7d5b2ab
+# %% ../nbs/01_calibration.ipynb #0570b99d
+def _as_mask(value, ids, name):
+    "A bool tensor of the shape of `ids`; None is all True."
+    if value is None: return torch.ones_like(ids, dtype=torch.bool)
+    value = torch.as_tensor(value).bool()
+    if value.shape != ids.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, the ids have {tuple(ids.shape)}: they must agree")
+    return value
+
+# %% ../nbs/01_calibration.ipynb #fa5b03cf
 @dataclass(eq=False)
 class Windows:
     "Token windows of one length; `len`, slices and `batches` run over the windows."
@@ -27,16 +36,13 @@ class Windows:
     source:str=""        # where the text is from, for tables
     bos:bool=False       # every window opens with the BOS token
     stride:int=None      # tokens from one window to the next where they are consecutive; None: drawn at random
-    scored:Tensor=None   # True where the prediction *of* this token counts in an evaluation, (N, T); None: everywhere
+    scored:Tensor=None   # True where the prediction *of* this token counts in an evaluation, (N, T); None: all
 
     def __post_init__(self):
         self.ids = torch.as_tensor(self.ids).long()
-        if self.ids.ndim != 2: raise ValueError(f"windows have shape (N, T), these ids have {tuple(self.ids.shape)}: add a dimension, as in ids[None]")
-        for name in ("mask", "scored"):
-            value = getattr(self, name)
-            value = torch.ones_like(self.ids, dtype=torch.bool) if value is None else torch.as_tensor(value).bool()
-            if value.shape != self.ids.shape: raise ValueError(f"{name} has shape {tuple(value.shape)}, the ids have {tuple(self.ids.shape)}: they must agree")
-            setattr(self, name, value)
+        if self.ids.ndim != 2:
+            raise ValueError(f"ids of windows have shape (N, T), these have {tuple(self.ids.shape)}: add a dimension, as in ids[None]")
+        self.mask, self.scored = _as_mask(self.mask, self.ids, "mask"), _as_mask(self.scored, self.ids, "scored")
 
     def __len__(self): return len(self.ids)
     @property
@@ -57,9 +63,11 @@ class Windows:
         "Pairs (ids, mask), each (batch_size, T), the last one perhaps smaller."
         if batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1 window a batch")
         return zip(self.ids.split(batch_size), self.mask.split(batch_size))
-    def __repr__(self): return f"Windows({len(self)} x {self.seq_len} tokens, {self.source or 'no source'}, {'BOS first' if self.bos else 'no BOS'})"
+    def __repr__(self):
+        about = f"{self.source or 'no source'}, {'BOS first' if self.bos else 'no BOS'}"
+        return f"Windows({len(self)} x {self.seq_len} tokens, {about})"
 
-# %% ../nbs/01_calibration.ipynb #4639b848
+# %% ../nbs/01_calibration.ipynb #c40e8ebf
 @dataclass(frozen=True)
 class Corpus:
     "A corpus on the Hugging Face Hub, as `datasets.load_dataset` finds it."
@@ -74,12 +82,15 @@ class Corpus:
 _ptb = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{split}/0000.parquet"
 
 CORPORA = dict(
-    wikitext2=Corpus("Salesforce/wikitext", dict(name="wikitext-2-raw-v1", split="{split}"), dict(calibration="train", heldout="test")),
+    wikitext2=Corpus("Salesforce/wikitext", dict(name="wikitext-2-raw-v1", split="{split}"),
+                     dict(calibration="train", heldout="test")),
     c4=Corpus("allenai/c4", dict(data_files="en/c4-{split}.json.gz", split="train", streaming=True),
-              dict(calibration="train.00000-of-01024", heldout="validation.00000-of-00008"), documents=50_000, within=True, samples=256),
-    ptb=Corpus("parquet", dict(data_files=_ptb, split="train"), dict(calibration="train", heldout="test"), column="sentence"))
+              dict(calibration="train.00000-of-01024", heldout="validation.00000-of-00008"),
+              documents=50_000, within=True, samples=256),
+    ptb=Corpus("parquet", dict(data_files=_ptb, split="train"),
+               dict(calibration="train", heldout="test"), column="sentence"))
 
-# %% ../nbs/01_calibration.ipynb #87aa5f53
+# %% ../nbs/01_calibration.ipynb #e9eee81a
 def _hub_text(source, split):
     "The rows of a corpus; ValueError with the remedies if the Hub does not give them."
     from datasets import load_dataset
@@ -91,26 +102,28 @@ def _hub_text(source, split):
         if corpus.documents: rows = rows.take(corpus.documents)
         return [row[corpus.column] for row in rows]
     except Exception as e:
-        raise ValueError(f"cannot read {source!r} ({name}) from the Hugging Face Hub ({type(e).__name__}: {str(e).strip()[:200]}). Check the network, "
-                         "or give a local text file, or use 'passages', which comes with the package") from e
+        raise ValueError(f"cannot read {source!r} ({name}) from the Hugging Face Hub ({type(e).__name__}: {str(e).strip()[:200]}). "
+                         "Check the network, or give a local text file, or use 'passages', which comes with the package") from e
 
-# %% ../nbs/01_calibration.ipynb #fa31ff77
+# %% ../nbs/01_calibration.ipynb #8d5df1d9
 def _file_text(path):
     "The documents of a text file: one, or one a line of a .jsonl file."
     data = path.read_bytes()
     try: text = data.decode("utf-8-sig")
     except UnicodeDecodeError: text = "\0"
-    if "\0" in text: raise ValueError(f"{path} is no plain text (binary data, or not UTF-8): give a .txt file in UTF-8, or a .jsonl file")
+    if "\0" in text:
+        raise ValueError(f"{path} is no plain text (binary data, or not UTF-8): give a .txt file in UTF-8, or a .jsonl file")
     if path.suffix != ".jsonl": return [text]
     try: return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{path} is no JSON-lines text: each line must be an object with a "text" entry') from e
 
-# %% ../nbs/01_calibration.ipynb #ec4b0c5f
+# %% ../nbs/01_calibration.ipynb #07686ccb
 def _passages(split):
     "The bundled passages, in the order of their numbers."
     folder = Path(str(files("linearpatch"))) / "passages" / split
-    if not folder.is_dir(): raise ValueError(f"passages have no split {split!r}: choose 'calibration' or 'heldout'")
+    if not folder.is_dir():
+        raise ValueError(f"passages have no split {split!r}: choose 'calibration' or 'heldout'")
     return [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))]
 
 def load_text(
@@ -126,7 +139,7 @@ def load_text(
     known = ", ".join(["passages", *CORPORA])
     raise ValueError(f"{str(source)!r} {what}: give one of {known}, or the path of a text file")
 
-# %% ../nbs/01_calibration.ipynb #2414acd4
+# %% ../nbs/01_calibration.ipynb #bd4bb34d
 def check_seq_len(
     seq_len:int,    # T, tokens a window
     tokenizer=None, # its `model_max_length`, where the model does not say
@@ -140,7 +153,7 @@ def check_seq_len(
     if limit and seq_len > limit:
         raise ValueError(f"seq_len={seq_len} is longer than the {who} allows ({limit} tokens): use seq_len={limit} or less")
 
-# %% ../nbs/01_calibration.ipynb #833ab803
+# %% ../nbs/01_calibration.ipynb #c7c43c2c
 def bos_token(
     tokenizer, # of the model to measure
 ) -> int:      # its BOS token
@@ -149,7 +162,7 @@ def bos_token(
         raise ValueError("this tokenizer has no BOS token: use bos=False (on the command line --no-bos), or set tokenizer.bos_token")
     return tokenizer.bos_token_id
 
-# %% ../nbs/01_calibration.ipynb #baf3452b
+# %% ../nbs/01_calibration.ipynb #56254977
 def _check_samples(samples):
     "ValueError for a number of windows below 1; None is all there are."
     if samples is not None and samples < 1: raise ValueError(f"samples={samples}: ask for at least 1 window")
@@ -160,12 +173,14 @@ def _encode(tokenizer, text):
 
 def _too_short(there, needed, length, samples, source):
     "The one message for too little text."
+    name = f"the text of {source}" if source else "the text"
     what = f"{samples} windows x {length} tokens" if samples else f"one window of {length} tokens"
+    if not there: return ValueError(f"{name} is empty: it has 0 tokens, {needed} are needed ({what}): give some text")
     fewer = f"at most {there // length} samples, " if samples and there >= length else ""
-    return ValueError(f"the text{f' of {source}' if source else ''} is {'too short' if there else 'empty'}: it has {there} tokens, {needed} are needed "
-                      f"({what} of text): {'give some text' if not there else f'ask for {fewer}a smaller seq_len, or give more text'}")
+    return ValueError(f"{name} is too short: it has {there} tokens, {needed} are needed ({what} of text): "
+                      f"ask for {fewer}a smaller seq_len, or give more text")
 
-# %% ../nbs/01_calibration.ipynb #db3b55ef
+# %% ../nbs/01_calibration.ipynb #c39785f0
 def _random_starts(n_tokens, length, samples, generator):
     "Starts of `samples` disjoint windows, uniform over all ways to place them, in random order."
     gaps = torch.randint(n_tokens - samples * length + 1, (samples,), generator=generator).sort().values
@@ -177,9 +192,10 @@ def _from_stream(texts, tokenizer, length, samples, stride, generator, source):
     needed = length * (samples or 1)
     if len(ids) < needed: raise _too_short(len(ids), needed, length, samples, source)
     if samples is None: return ids.unfold(0, length, stride).clone()
-    return torch.stack([ids[s:s + length] for s in _random_starts(len(ids), length, samples, generator).tolist()])
+    starts = _random_starts(len(ids), length, samples, generator)
+    return torch.stack([ids[s:s + length] for s in starts.tolist()])
 
-# %% ../nbs/01_calibration.ipynb #32920305
+# %% ../nbs/01_calibration.ipynb #0be6055f
 def _from_documents(texts, tokenizer, length, samples, stride, generator, source):
     "Windows of `length` tokens, each inside one text: one at random from each of `samples` texts, or all there are."
     out, found = [], 0
@@ -192,13 +208,13 @@ def _from_documents(texts, tokenizer, length, samples, stride, generator, source
         found += 1
         if found == samples: break
     if found < (samples or 1):
-        raise ValueError(f"of the {len(texts)} documents{f' of {source}' if source else ''} only {found} hold {length} tokens, "
-                         f"{samples or 1} are needed: ask for fewer samples, a smaller seq_len, or give longer documents")
+        raise ValueError(f"of the {len(texts)} documents of {source or 'the text'} only {found} hold {length} tokens, {samples or 1} "
+                         "are needed: ask for fewer samples, a smaller seq_len, or give longer documents")
     return torch.cat(out)
 
-# %% ../nbs/01_calibration.ipynb #1f54bc85
+# %% ../nbs/01_calibration.ipynb #37f6b1f4
 def _scored(ids, bos, stride):
-    "With overlapping windows each token is scored once: in all windows but the first, only the last `stride` tokens count."
+    "Each token is scored once: in all windows but the first, only the last `stride` tokens count."
     scored = torch.ones_like(ids, dtype=torch.bool)
     if stride < ids.shape[1] - bos: scored[1:, :-stride] = False
     return scored
@@ -214,31 +230,32 @@ def make_windows(
     stride:int=None,   # with samples=None: tokens from one window's text to the next; None: no overlap
     within:bool=False, # keep each window inside one document
 ) -> Windows:          # (samples or as many as there are, seq_len)
-    "Cut text into windows; ValueError if it holds too few tokens, the tokenizer has no BOS, or a number makes no sense."
+    "Cut text into windows; ValueError for too few tokens, a tokenizer without BOS, or a number that makes no sense."
     check_seq_len(seq_len, tokenizer)
     length = seq_len - bool(bos)
     _check_samples(samples)
-    if stride is not None and (samples or not 1 <= stride <= length): raise ValueError(f"stride={stride}: it goes with samples=None, from 1 to {length}")
+    if stride is not None and (samples or not 1 <= stride <= length):
+        raise ValueError(f"stride={stride}: it goes with samples=None, from 1 to {length}")
     if bos: bos_id = bos_token(tokenizer)
     if not any(text.strip() for text in texts): raise _too_short(0, length * (samples or 1), length, samples, source)
-    cut = _from_documents if within else _from_stream
-    ids = cut(texts, tokenizer, length, samples, stride or length, torch.Generator().manual_seed(seed), source)
+    cut, step, generator = _from_documents if within else _from_stream, stride or length, torch.Generator().manual_seed(seed)
+    ids = cut(texts, tokenizer, length, samples, step, generator, source)
     if bos: ids = torch.cat([torch.full((len(ids), 1), bos_id), ids], 1)
-    scored = None if samples or within else _scored(ids, bool(bos), stride or length)
-    return Windows(ids, source=source, bos=bool(bos), stride=None if samples else stride or length, scored=scored)
+    if samples: return Windows(ids, source=source, bos=bool(bos))
+    return Windows(ids, source=source, bos=bool(bos), stride=step, scored=None if within else _scored(ids, bool(bos), step))
 
-# %% ../nbs/01_calibration.ipynb #30c51786
+# %% ../nbs/01_calibration.ipynb #6a01838e
 def load_windows(
     source,              # what `load_text` takes
     tokenizer,           # of the model to measure
     split="calibration", # "calibration" or "heldout"
     seq_len:int=2048,    # T, tokens a window, the BOS included
-    samples:int=128,     # windows at random places; None: all there are (of C4: 256 at random, its usual protocol)
+    samples:int=128,     # windows at random places; None: all there are (of C4: 256 at random, as is the custom)
     seed:int=0,          # for the random places
     bos:bool=True,       # open each window with the BOS token
     stride:int=None,     # with samples=None: tokens from one window's text to the next; None: no overlap
 ) -> Windows:            # (samples or as many as there are, seq_len)
-    "Windows of a named corpus or a file; the defaults are the paper's (128 x 2,048 tokens). Numbers are checked before any text is read."
+    "Windows of a named corpus or a file; the defaults are the paper's. Numbers are checked before any text is read."
     check_seq_len(seq_len, tokenizer)
     _check_samples(samples)
     if bos: bos_token(tokenizer)
@@ -249,7 +266,7 @@ def load_windows(
     within = bool(corpus and corpus.within)
     return make_windows(load_text(source, split), tokenizer, seq_len, samples, seed, bos, name, stride, within)
 
-# %% ../nbs/01_calibration.ipynb #f4f14692
+# %% ../nbs/01_calibration.ipynb #541f1b61
 def _draw(logits, uniform, temperature, banned):
     "One token a row from softmax(logits / temperature), by inverting the cumulative distribution at `uniform`."
     logits = logits.float()
@@ -258,7 +275,7 @@ def _draw(logits, uniform, temperature, banned):
     point = uniform.to(cdf.device) * cdf[:, -1:]
     return torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[1] - 1)
 
-# %% ../nbs/01_calibration.ipynb #95544493
+# %% ../nbs/01_calibration.ipynb #eac051d4
 def _write(model, bos, uniform, temperature, banned, bar):
     "One batch: a token id for each uniform number (B, T-1, 1), after BOS, with the model's cache of keys and values."
     ids = step = torch.full((len(uniform), 1), bos, device=input_device(model))
@@ -271,7 +288,7 @@ def _write(model, bos, uniform, temperature, banned, bar):
         bar.update(len(uniform))
     return ids.cpu()
 
-# %% ../nbs/01_calibration.ipynb #b36f4e49
+# %% ../nbs/01_calibration.ipynb #4bd55b4d
 @torch.no_grad()
 def sample_windows(
     model,                 # a causal LM
@@ -285,10 +302,12 @@ def sample_windows(
 ) -> Windows:              # (samples, seq_len)
     "Windows that the model writes itself, from BOS on: no text needed. BOS and the end-of-text token are never drawn."
     check_seq_len(seq_len, tokenizer, model)
-    if samples < 1 or temperature <= 0 or batch_size < 1: raise ValueError(f"{samples=}, {temperature=}, {batch_size=}: all must be positive")
+    if samples < 1 or temperature <= 0 or batch_size < 1:
+        raise ValueError(f"{samples=}, {temperature=}, {batch_size=}: all must be positive")
     bos = bos_token(tokenizer)
     banned = sorted({bos, tokenizer.eos_token_id} - {None})
-    uniform = torch.rand(samples, seq_len - 1, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(samples, seq_len - 1, 1, generator=generator, dtype=torch.float64)
     with tqdm(total=samples * (seq_len - 1), desc="sample", unit="token", disable=not progress) as bar:
         ids = [_write(model, bos, u, temperature, banned, bar) for u in uniform.split(batch_size)]
     return Windows(torch.cat(ids), source="self", bos=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LOGITS', 'MAX_FLOATS', 'token_losses', 'perplexity', 'protocol', 'kl_divergence', 'Evaluation', 'evaluate']
 
-# %% ../nbs/11_evaluation.ipynb #dddaa336
+# %% ../nbs/11_evaluation.ipynb #f3f6cc16
 import math
 from contextlib import contextmanager
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .calibration import Windows, check_seq_len
+from .models import text_config
 from .selection import run_model, token_kl, token_nll
 
-# %% ../nbs/11_evaluation.ipynb #50731c69
-MAX_LOGITS = 2**28 # logits computed at once: a batch is split where windows x tokens x vocabulary exceed it (1 GiB in float32)
+# %% ../nbs/11_evaluation.ipynb #7a2fde41
+MAX_LOGITS = 2**28 # logits of one forward pass, at most: 1 GiB in float32; larger batches are split
 MAX_FLOATS = 2**25 # of these, turned into float32 log-probabilities at once
 
 def _rows(windows, vocab, batch_size):
@@ -32,14 +33,14 @@ def _pieces(shape):
     step = max(1, MAX_FLOATS // (rows * vocab))
     return [slice(a, min(a + step, tokens - 1) + 1) for a in range(0, tokens - 1, step)]
 
-# %% ../nbs/11_evaluation.ipynb #a44709ab
+# %% ../nbs/11_evaluation.ipynb #ab92d6c6
 def _check_finite(values, counted, windows, first, what):
     "ValueError naming the first window where a counted value is no finite number."
     bad = (counted & ~values.isfinite()).any(1)
     if bad.any():
         i = first + int(bad.nonzero()[0])
-        raise ValueError(f"the {what} is not finite (nan or inf) in window {i} of {windows.source or 'the windows'}: the model breaks there; "
-                         "load the model with dtype='float32' or 'bfloat16', or check its weights and its patch")
+        raise ValueError(f"the {what} is not finite (nan or inf) in window {i} of {windows.source or 'the windows'}: load the model "
+                         "with dtype='float32' or 'bfloat16', or check its weights and its patch")
 
 @contextmanager
 def _evaluating(models):
@@ -51,11 +52,11 @@ def _evaluating(models):
     finally:
         for m, was in zip(models, training): m.train(was)
 
-# %% ../nbs/11_evaluation.ipynb #f041709a
+# %% ../nbs/11_evaluation.ipynb #31f3b2cc
 def _measure(models, windows, measure, what, batch_size, progress):
-    "Run `models` over the windows and `measure` over pieces of their logits: values (N, T-1), float32, and where they count."
+    "Run `models` over the windows and `measure` over pieces of their logits: values (N, T-1), and where they count."
     for model in models: check_seq_len(windows.seq_len, model=model)
-    rows = _rows(windows, len(models) * models[0].get_output_embeddings().weight.shape[0], batch_size)
+    rows = _rows(windows, len(models) * text_config(models[0]).vocab_size, batch_size)
     values, counted = torch.zeros(len(windows), windows.seq_len - 1), windows.scored[:, 1:].clone()
     for i in tqdm(range(0, len(windows), rows), what, disable=not progress):
         ids, mask = windows.ids[i:i + rows], windows.mask[i:i + rows]
@@ -67,10 +68,10 @@ def _measure(models, windows, measure, what, batch_size, progress):
             counted[i:i + rows, s.start:s.stop - 1] &= real.cpu()
         del logits
         _check_finite(values[i:i + rows], counted[i:i + rows], windows, i, what)
-    if not counted.any(): raise ValueError("no prediction counts in these windows: the mask hides every pair of neighbouring tokens")
+    if not counted.any(): raise ValueError("no prediction counts in these windows: give a mask with neighbouring real tokens")
     return values, counted
 
-# %% ../nbs/11_evaluation.ipynb #ca39d72a
+# %% ../nbs/11_evaluation.ipynb #a57d559a
 def token_losses(
     model,               # a causal LM
     windows:Windows,     # N windows of T tokens
@@ -78,23 +79,24 @@ def token_losses(
     progress:bool=False, # show a progress bar
 ) -> tuple[Tensor, Tensor]: # -log p of each next token in nats, (N, T-1), float32, on the CPU; and where it counts
     "Loss of every next-token prediction; ValueError where one that counts is nan or infinite."
-    with _evaluating([model]):
-        return _measure([model], windows, lambda logits, ids, mask: token_nll(logits[0], ids, mask), "loss", batch_size, progress)
+    measure = lambda logits, ids, mask: token_nll(logits[0], ids, mask)
+    with _evaluating([model]): return _measure([model], windows, measure, "loss", batch_size, progress)
 
-# %% ../nbs/11_evaluation.ipynb #2ad7a917
+# %% ../nbs/11_evaluation.ipynb #fbd7a4d8
 def perplexity(
     model,               # a causal LM
     windows:Windows,     # N windows of T tokens
     batch_size:int=8,    # windows in a forward pass, at most
     progress:bool=False, # show a progress bar
 ) -> float:              # exp of the mean loss; 1 is certainty, the vocabulary size is blind guessing
-    "Perplexity over all predicted tokens of all windows, each token with the same weight (not the mean of the windows' perplexities)."
+    "Perplexity over all predicted tokens of all windows, each with the same weight; ValueError where a loss is no number."
     nll, counted = token_losses(model, windows, batch_size, progress)
     mean = nll[counted].double().mean().item()
-    if mean > 700: raise ValueError(f"the mean loss is {mean:.0f} nats a token: its exponential is no finite number; the model is broken")
+    if mean > 700:
+        raise ValueError(f"the mean loss is {mean:.0f} nats a token, its exponential no finite number: check the model's weights and patch")
     return math.exp(mean)
 
-# %% ../nbs/11_evaluation.ipynb #f287171e
+# %% ../nbs/11_evaluation.ipynb #ed99a27e
 def protocol(
     windows:Windows, # what a number was measured on
 ) -> str:            # one line, for the caption of a table
@@ -104,7 +106,7 @@ def protocol(
     return (f"{windows.source or 'unnamed text'}: {len(windows)} windows of {windows.seq_len} tokens, {place}, "
             f"{'BOS first' if windows.bos else 'no BOS'}, {count:,} predicted tokens")
 
-# %% ../nbs/11_evaluation.ipynb #d2bcf0b9
+# %% ../nbs/11_evaluation.ipynb #debf7c65
 def kl_divergence(
     teacher,             # the intact model
     student,             # the pruned one, with the same vocabulary
@@ -113,15 +115,17 @@ def kl_divergence(
     progress:bool=False, # show a progress bar
 ) -> float:              # nats a token, 0 where the two agree
     "Mean over all predicted tokens of KL(teacher || student)."
-    sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, student)]
-    if sizes[0] != sizes[1]: raise ValueError(f"the teacher has {sizes[0]} tokens in its vocabulary, the student {sizes[1]}: KL needs the same vocabulary")
+    sizes = [text_config(m).vocab_size for m in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the teacher has {sizes[0]} tokens in its vocabulary, the student {sizes[1]}: KL needs the same vocabulary")
+    measure = lambda logits, ids, mask: token_kl(*logits, mask)
     with _evaluating([teacher, student]):
-        kl, counted = _measure([teacher, student], windows, lambda logits, ids, mask: token_kl(*logits, mask), "KL", batch_size, progress)
+        kl, counted = _measure([teacher, student], windows, measure, "KL", batch_size, progress)
     return kl[counted].double().mean().item()
 
-# %% ../nbs/11_evaluation.ipynb #a88a2ac8
+# %% ../nbs/11_evaluation.ipynb #c38712c8
 class Evaluation(dict):
-    "Perplexities as {corpus: {model: perplexity}}; `kl` in the same shape (empty without a teacher); `protocol` by corpus. Prints as a table."
+    "{corpus: {model: perplexity}}; `kl` has the same shape (empty without a teacher), `protocol` a line a corpus. Prints as a table."
     def __init__(self, *args, kl=None, protocol=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.kl, self.protocol = kl or {}, protocol or {}
@@ -136,15 +140,16 @@ class Evaluation(dict):
     def _repr_markdown_(self):
         head, *body = self.rows()
         lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n\n".join(f"*{p}*" for p in self.protocol.values())
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n\n".join([table, *(f"*{p}*" for p in self.protocol.values())])
 
     def __str__(self):
         rows = self.rows()
-        widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]))]
-        line = lambda row: "  ".join(x.rjust(w) if j else x.ljust(w) for j, (x, w) in enumerate(zip(row, widths))).rstrip()
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        line = lambda row: "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
         return "\n".join([*map(line, rows), *self.protocol.values()])
 
-# %% ../nbs/11_evaluation.ipynb #117caee3
+# %% ../nbs/11_evaluation.ipynb #e6c81a1f
 def evaluate(
     models:dict,         # {name: model}
     corpora:dict,        # {name: Windows}
@@ -153,7 +158,9 @@ def evaluate(
     progress:bool=False, # show progress bars
 ) -> Evaluation:         # {corpus: {model: perplexity}}, with `.kl` and `.protocol`
     "The perplexity of several models on several corpora, all on the same windows."
-    if not models or not corpora: raise ValueError("nothing to evaluate: give at least one model and one corpus, as {name: model} and {name: windows}")
-    ppl = {c: {m: perplexity(model, w, batch_size, progress) for m, model in models.items()} for c, w in corpora.items()}
-    kl = {c: {m: kl_divergence(teacher, model, w, batch_size, progress) for m, model in models.items()} for c, w in corpora.items()} if teacher is not None else {}
+    if not models or not corpora:
+        raise ValueError("nothing to evaluate: give at least one model and one corpus, as {name: model} and {name: windows}")
+    each = lambda score: {c: {name: score(model, w) for name, model in models.items()} for c, w in corpora.items()}
+    ppl = each(lambda model, w: perplexity(model, w, batch_size, progress))
+    kl = each(lambda model, w: kl_divergence(teacher, model, w, batch_size, progress)) if teacher is not None else {}
     return Evaluation(ppl, kl=kl, protocol={c: protocol(w) for c, w in corpora.items()})
