@@ -180,9 +180,9 @@ def _too_short(there, needed, length, samples, source):
     return ValueError(f"{name} is too short: it has {there} tokens, {needed} are needed ({what} of text): "
                       f"ask for {fewer}a smaller seq_len, or give more text")
 
-# %% ../nbs/01_calibration.ipynb #c39785f0
+# %% ../nbs/01_calibration.ipynb #ed28ea4d
 def _random_starts(n_tokens, length, samples, generator):
-    "Starts of `samples` disjoint windows, uniform over all ways to place them, in random order."
+    "Starts of `samples` disjoint windows at random places, in random order."
     gaps = torch.randint(n_tokens - samples * length + 1, (samples,), generator=generator).sort().values
     return (gaps + length * torch.arange(samples))[torch.randperm(samples, generator=generator)]
 

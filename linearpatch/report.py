@@ -29,7 +29,7 @@ from .mismatch import RATIO_BINS, plot_magnitude, plot_massive, plot_ratios
 from .models import decoder_layers, hidden_size, n_layers
 from .selection import plot_selection
 
-# %% ../nbs/12_report.ipynb #2cebdeaa
+# %% ../nbs/12_report.ipynb #271745e9
 SCHEMA = {
     "schema": ("int", "version of this layout"),
     "command": ("str", "the command line that repeats the run"),
@@ -62,6 +62,12 @@ SCHEMA = {
     "perplexity.*.patched": ("number", "of the student with `patch`"),
     "families.*.*": ("number", "perplexity on a corpus with each patch family that was tried"),
     "kl.*.*": ("number", "mean KL(teacher || student) a token, in nats, for the same families"),
+    "alternatives[].metric": ("str", "another way to choose, run beside the main one"),
+    "alternatives[].patch": ("str", "and the patch that was used with it"),
+    "alternatives[].cuts": ("list", "what it removed, as [start, stop]"),
+    "alternatives[].perplexity.*.pruned": ("number", "without its patch, by corpus"),
+    "alternatives[].perplexity.*.patched": ("number", "with it"),
+    "alternatives[].kl.*.pruned": ("number", "KL(teacher || student), likewise `patched`"),
     "continuations[].prompt": ("str", "how the text begins"),
     "continuations[].dense": ("str", "how the teacher goes on; likewise `pruned`, `patched`"),
     "figures.*": ("dict", "the numbers behind each figure"),
@@ -157,7 +163,7 @@ def gap_closed(
     if any(v is None or not math.isfinite(v) for v in (dense, pruned, patched)) or pruned <= dense: return math.nan
     return (pruned - patched) / (pruned - dense)
 
-# %% ../nbs/12_report.ipynb #594ad979
+# %% ../nbs/12_report.ipynb #f0d36203
 def number(
     x,        # a number or None
     digits=2, # behind the point
@@ -166,16 +172,20 @@ def number(
     if x is None or not math.isfinite(x): return "not finite"
     return f"{x:.2e}" if abs(x) >= 1e6 else f"{x:,.0f}" if abs(x) >= 1e4 else f"{x:,.{digits}f}"
 
-def percent(x) -> str:
+def percent(
+    x, # a share; None or NaN where there is none
+) -> str:
     "A share as a percentage, or nothing where there is none."
     return "" if x is None or math.isnan(x) else f"{100 * x:.0f} %".replace("-0 %", "0 %")
 
-def cuts_text(record) -> str:
+def cuts_text(
+    record, # a `Report`
+) -> str:
     "The removed layers in words: `layers 2 to 4`."
     spans = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in record["cuts"]]
     return ("layer " if spans and len(spans) == 1 and spans[0].isdigit() else "layers ") + ", ".join(spans)
 
-# %% ../nbs/12_report.ipynb #cac44edb
+# %% ../nbs/12_report.ipynb #3665d0e6
 def rows(
     record, # a `Report`
 ) -> list:  # dicts: name, layers, saved, and {corpus: (perplexity, gap closed or NaN, KL or None)}
@@ -188,8 +198,18 @@ def rows(
             value = families[c].get(family)
             closed = math.nan if family == "none" else gap_closed(p["dense"], p["pruned"], value)
             cells[c] = value, closed, record["kl"].get(c, {}).get(family)
-        out.append(dict(name="pruned" if family == "none" else family, layers=m["layers_after"], saved=family == record["patch"], cells=cells))
-    return out
+        out.append(dict(name="pruned" if family == "none" else "+ " + family, layers=m["layers_after"], saved=family == record["patch"], cells=cells))
+    return out + [row for other in record["alternatives"] for row in _other_rows(record, other)]
+
+def _other_rows(record, other):
+    "Two lines for another cut: without and with its patch; the gap is that of this cut."
+    spans, layers = " ".join(f"[{a}, {b})" for a, b in other["cuts"]), record["model"]["layers"] - sum(b - a for a, b in other["cuts"])
+    for key, name in (("pruned", f"{spans} pruned"), ("patched", f"{spans} + {other['patch']}")):
+        cells = {}
+        for c, p in other["perplexity"].items():
+            closed = gap_closed(record["perplexity"][c]["dense"], **p) if key == "patched" else math.nan
+            cells[c] = p[key], closed, other["kl"][c][key]
+        yield dict(name=name, layers=layers, saved=False, cells=cells)
 
 def table(
     record, # a `Report`
@@ -198,7 +218,7 @@ def table(
     corpora = list(record["perplexity"])
     lines = [["", "layers"] + [t for c in corpora for t in (c, "gap closed", "KL")]]
     for row in rows(record):
-        name = row["name"] if row["name"] in ("dense", "pruned") else "+ " + row["name"] + (" *" if row["saved"] else "")
+        name = row["name"] + (" *" if row["saved"] and row["name"] != "pruned" else "")
         cells = [t for c in corpora for v, g, k in [row["cells"][c]] for t in (number(v), percent(g), "" if k is None else number(k, 3))]
         lines.append([name, str(row["layers"])] + cells)
     widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
@@ -233,7 +253,7 @@ def verdict(
     closed = gap_closed(**p)
     return "helps" if closed >= 0.02 else "harms" if closed <= -0.02 else "little"
 
-# %% ../nbs/12_report.ipynb #f0314cfb
+# %% ../nbs/12_report.ipynb #5cfd6d3a
 def _because(record):
     if record["patch"] == "none": return "No patch was asked for; try --patch hadamard."
     distance = max((p["distance"] or 0 for p in record["patches"]), default=0)
@@ -249,6 +269,14 @@ def _best(record, corpus):
     if best in (record["patch"], "none"): return ""
     p = record["perplexity"][corpus]
     return f" The best of the {len(tried) - 1} patches tried here, {best}, closes {percent(gap_closed(p['dense'], p['pruned'], tried[best]))}."
+
+def _alternative(record, corpus):
+    "A sentence on the best alternative, where it is better than all else."
+    if not record["alternatives"]: return ""
+    other = min(record["alternatives"], key=lambda a: a["perplexity"][corpus]["patched"] or math.inf)
+    value = other["perplexity"][corpus]["patched"]
+    if value is None or value >= min(v for v in record["families"][corpus].values() if v is not None): return ""
+    return f" Cut elsewhere ({cuts_text(other)}, chosen by {other['metric']}) and patched with {other['patch']}, it comes to {number(value)}."
 
 def _diagnosis(record):
     "The headline of a run that measured no perplexity."
@@ -270,9 +298,9 @@ def headline(
     start = f"Without {gone} of its {m['layers']} layers, the perplexity of {Path(m['name']).name} on {corpus} goes from {number(p['dense'])} to {number(p['pruned'])}"
     if story == "not finite": return start + f", and with the patch to {number(p['patched'])}. A number is not finite: repeat the run with --dtype float32."
     if story == "no gap": return start + f": these layers can go at no cost, and there is nothing to mend (with the patch: {number(p['patched'])})."
-    if story == "helps": return start + f". {matrix} it back to {number(p['patched'])}: {percent(gap_closed(**p))} of the gap is closed, without training." + _best(record, corpus)
+    if story == "helps": return start + f". {matrix} it back to {number(p['patched'])}: {percent(gap_closed(**p))} of the gap is closed, without training." + _best(record, corpus) + _alternative(record, corpus)
     change = "hardly changes that" if story == "little" else "makes it worse"
-    return start + f". The patch {change}: {number(p['patched'])}. " + _because(record)
+    return start + f". The patch {change}: {number(p['patched'])}. " + _because(record) + _best(record, corpus) + _alternative(record, corpus)
 
 # %% ../nbs/12_report.ipynb #9ef60ad3
 COLORS = dict(dense="#334155", pruned="#c2410c", patched="#0f766e", other="#94a3b8")
@@ -407,14 +435,14 @@ PAGE_TOP = """<!doctype html>
 {% if r.notes %}<div class="card notes">{% for note in r.notes %}<p class="soft" style="margin:0">{{ note }}</p>{% endfor %}</div>{% endif %}
 """
 
-# %% ../nbs/12_report.ipynb #e25ffc27
+# %% ../nbs/12_report.ipynb #fd3d4976
 PAGE_RESULTS = """{% if rows|length %}<h2>Results</h2>
 <div class="card scroll"><table><thead><tr><th></th><th class="wide">layers</th>{% for c in r.perplexity %}<th>{{ c }}</th><th>gap closed</th><th>KL</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr class="{{ 'saved' if row.saved and row.name != 'pruned' else row.name }}"><td>{% if row.name not in ("dense", "pruned") %}<span class="wide">pruned </span>+ {% endif %}{{ row.name }}{% if row.saved %}<span class="tag">saved</span>{% endif %}</td><td class="wide">{{ row.layers }}</td>
+{% for row in rows %}<tr class="{{ 'saved' if row.saved and row.name != 'pruned' else row.name if row.name == 'pruned' else '' }}"><td>{{ row.name }}{% if row.saved %}<span class="tag">saved</span>{% endif %}</td><td class="wide">{{ row.layers }}</td>
 {% for c, (value, closed, kl) in row.cells.items() %}<td>{{ number(value) }}</td><td>{{ percent(closed) }}</td><td>{{ number(kl, 3) if kl is not none else "" }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="soft" style="margin-top:10px">Perplexity{% for c, e in r.evaluation.items() %}{{ "," if loop.index > 1 else "" }} on {{ c }}: {{ e.windows }} windows of {{ e.seq_len }} tokens ({{ "{:,}".format(e.tokens) }} in all){% endfor %}.
-The gap is what the cut cost; KL is the distance from the intact model's predictions, in nats a token. Calibrated on {{ r.calibration.samples }} windows of {{ r.calibration.seq_len }} tokens from {{ r.calibration.source }}, {{ "each beginning with BOS" if r.calibration.bos else "without BOS" }}.</p>{% endif %}
+The gap is what a cut cost{% if r.alternatives %} (rows that begin with [ are another cut, chosen by {{ r.alternatives|map(attribute='metric')|join(', ') }}, and its own gap){% endif %}; KL is the distance from the intact model's predictions, in nats a token. Calibrated on {{ r.calibration.samples }} windows of {{ r.calibration.seq_len }} tokens from {{ r.calibration.source }}, {{ "each beginning with BOS" if r.calibration.bos else "without BOS" }}.</p>{% endif %}
 """
 PAGE_TEXTS = """{% if r.continuations %}<h2>One beginning, three models</h2>
 {% for c in r.continuations %}<p class="prompt">{{ c.prompt }} ...</p><div class="three">

@@ -1,5 +1,5 @@
 "Token windows: every source, every refusal, and the arithmetic of the cutting."
-import logging
+import dataclasses, gzip, json, logging
 import datasets, pytest, torch
 from linearpatch import calibration as C
 from linearpatch.calibration import Windows, check_seq_len, load_text, load_windows, make_windows, sample_windows
@@ -232,6 +232,22 @@ def test_only_the_documents_that_are_wanted_are_streamed(monkeypatch):
     monkeypatch.setitem(C.CORPORA, "c4", C.Corpus("x", dict(streaming=True), {}, documents=5))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.IterableDataset.from_generator(lambda: ({"text": str(i)} for i in range(100))))
     assert load_text("c4") == list("01234")
+
+
+def test_the_real_datasets_library_on_local_files(tmp_path, monkeypatch):
+    "What the Hub would give, from disk: Parquet, and compressed JSON lines as a stream."
+    rows = [{"sentence": f"Sentence {i}."} for i in range(5)]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
+    with gzip.open(tmp_path / "c4-train.json.gz", "wt") as f:
+        for i in range(5): f.write(json.dumps({"text": f"Page {i}.", "url": "x"}) + "\n")
+    local = dict(cache_dir=str(tmp_path / "cache"))
+    ptb = dataclasses.replace(C.CORPORA["ptb"], kwargs=dict(data_files=str(tmp_path / "{split}.parquet"), split="train", **local))
+    c4 = dataclasses.replace(C.CORPORA["c4"], path="json", splits=dict(calibration="train"), documents=3,
+                             kwargs=dict(data_files=str(tmp_path / "c4-{split}.json.gz"), split="train", streaming=True, **local))
+    monkeypatch.setattr(C, "CORPORA", dict(ptb=ptb, c4=c4))
+    assert load_text("ptb") == [r["sentence"] for r in rows]
+    assert load_text("c4") == ["Page 0.", "Page 1.", "Page 2."]
+    with pytest.raises(ValueError, match="cannot read 'c4'"): load_text("c4", split="validation")
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub"), FileNotFoundError("no such dataset"), RuntimeError("scripts are no longer supported")])

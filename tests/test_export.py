@@ -1,5 +1,5 @@
 "Strip the library, export the notebooks again, and find the same library: nothing stale, nothing edited by hand."
-import os, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 import pytest
 from repo import default_exp, lib, notebooks, root
 
@@ -37,11 +37,10 @@ def test_every_module_has_its_notebook():
     assert {p.name for p in lib.glob("*.py")} - {"_modidx.py"} == homes
 
 
-def test_importable_modules_only_look_up():
-    "A module imports only modules whose notebooks come before its own."
-    import re
+def test_modules_import_only_earlier_ones():
+    "Reading order is import order, but for one step: the pass of `mismatch` sums rotated activations too."
     order = {default_exp(p): i for i, p in enumerate(notebooks()) if default_exp(p) and p.name[0].isdigit()}
-    for module, place in order.items():
-        text = (lib / f"{module}.py").read_text(encoding="utf-8")
-        for other in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE):
-            assert order[other] < place, f"{module} imports {other}, which comes later"
+    ahead = [(module, other) for module, place in order.items()
+             for other in re.findall(r"^\s*from (?:linearpatch)?\.(\w+) import", (lib / f"{module}.py").read_text("utf-8"), re.MULTILINE)
+             if order[other] > place]
+    assert set(ahead) <= {("mismatch", "hadamard")}

@@ -29,6 +29,18 @@ def shown(cell):
     return cell
 
 
+def joined(cells):
+    "Code that prints nothing goes into one block with the code that follows it."
+    out = []
+    for cell in cells:
+        last = out[-1] if out else None
+        if last and last.cell_type == cell.cell_type == "code" and not last.outputs and "transient" not in cell.metadata:
+            cell.source = f"{last.source}\n{cell.source}"
+            out.pop()
+        out.append(cell)
+    return out
+
+
 def relink(text):
     "Links and images relative to nbs/, made relative to the top folder."
     def fix(match):
@@ -43,7 +55,7 @@ def render():
     import nbformat
     from nbconvert import MarkdownExporter
     nb = nbformat.read(nbs / "index.ipynb", as_version=4)
-    nb.cells = [cell for cell in map(shown, nb.cells) if cell is not None]
+    nb.cells = joined([cell for cell in map(shown, nb.cells) if cell is not None])
     nb.metadata["language_info"] = {"name": "python"}
     body, resources = MarkdownExporter().from_notebook_node(nb, resources={"output_files_dir": images})
     figures = {}
