@@ -227,7 +227,7 @@ def continuation(
                          temperature=temperature, top_k=40, top_p=1.0, pad_token_id=pad)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
-# %% ../nbs/13_cli.ipynb #b66b74fe
+# %% ../nbs/13_cli.ipynb #c135f8b2
 def _students(job, model, stats, selection):
     "The students by patch family, `none` first, all on the teacher's weights, and the patches of the saved one."
     from linearpatch.fusion import fit_patch
@@ -239,17 +239,20 @@ def _students(job, model, stats, selection):
         if family == job.patch: saved = patches or []
     return students, saved
 
-def _alternatives(job, model, tokenizer, windows, corpora):
-    "The same with other ways to choose and to mend: the `alternatives` of the record."
-    out = []
+def _alternatives(job, model, tokenizer, windows, corpora, chosen):
+    "The same with other ways to choose and to mend: the `alternatives` of the record, and notes on those that chose the same layers."
+    out, notes = [], []
     for metric, patch in job.alternatives:
         other = replace(job, metric=metric, patch=patch, families=(), prompts=())
         stats, selection = diagnose_model(other, model, windows, families=(patch,))
+        if selection.cuts == chosen:
+            notes.append(f"A second choice, {metric} with {patch} patches, takes the same layers.")
+            continue
         students, _ = _students(other, model, stats, selection)
         found = measure(other, model, tokenizer, corpora, students)
         pairs = {part: {c: dict(pruned=v["none"], patched=v[patch]) for c, v in found[part].items()} for part in ("families", "kl")}
         out.append(dict(metric=metric, patch=patch, cuts=[[c.start, c.stop] for c in selection.cuts], perplexity=pairs["families"], kl=pairs["kl"]))
-    return out
+    return out, notes
 
 def _notes(job, stats):
     "What a reader should know about this run."
@@ -301,7 +304,7 @@ def run_job(
     if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=max(job.batch_size, 8))
     return _work(job, model, tokenizer, given, windows, corpora, command or command_line(job, "run" if evaluate else "diagnose"), evaluate)
 
-# %% ../nbs/13_cli.ipynb #50a6aff3
+# %% ../nbs/13_cli.ipynb #0d958bf3
 def _work(job, model, tokenizer, given, windows, corpora, command, evaluate):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
     from linearpatch.pruning import output_folder, save_student
@@ -312,8 +315,9 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate):
         if evaluate:
             students, saved = _students(job, model, stats, selection)
             measured = measure(job, model, tokenizer, corpora, students)
-        measured["alternatives"] = _alternatives(job, model, tokenizer, windows, corpora) if evaluate else []
+        measured["alternatives"], notes = _alternatives(job, model, tokenizer, windows, corpora, selection.cuts) if evaluate else ([], [])
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured)
+        report["notes"] += notes
         if folder is not None:
             with _stage(job, "figures and page"): save_report(report, folder, saved=f"{job.out}/model" if evaluate else None)
             if evaluate:
@@ -424,7 +428,7 @@ def demo(out: OutOpt = Path("demo"), remove: RemoveOpt = None, seed: SeedOpt = 0
     report = run_job(**settings, out=out, progress=True, command=shlex.join(["linearpatch", "demo", "--out", str(out)]) + extra)
     tell(report, out, demo=True)
 
-# %% ../nbs/13_cli.ipynb #e7f2768a
+# %% ../nbs/13_cli.ipynb #f8e7e0d8
 def _tell_diagnosis(report):
     "The numbers of a diagnosis in a few lines."
     from linearpatch.report import number
@@ -450,7 +454,7 @@ def tell(
         print(f"{c['prompt']} ...")
         for key in ("dense", "pruned", "patched"): print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:8}", subsequent_indent=" " * 10))
         print()
-    for note in report["notes"]: print(textwrap.fill("Note: " + note, 100))
+    for note in report["notes"]: print(textwrap.fill("Note: " + note, 100) + "\n")
     width = max(map(len, report.figures))
     for name in report.figures: print(f"{name:{width}}  {out}/figures/{name}.png")
     print(f"{'page':{width}}  {out}/report.html\n{'record':{width}}  {out}/report.json\n")

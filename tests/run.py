@@ -2,11 +2,12 @@
 
     python tests/run.py
 """
-import os, subprocess, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 os.chdir(root)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would what it starts
 
 
 def cpus():

@@ -54,7 +54,8 @@ def test_demo_record(demo):
     assert set(families) == {"none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq"} == set(r["kl"]["passages"])
     assert set(r["figures"]) == {"magnitude", "massive", "ratios", "scores", "perplexity"}
     assert len(r["figures"]["magnitude"]["raw"]["by_channel"]) == r["model"]["layers"] + 1
-    assert r["alternatives"][0]["metric"] == "patch-aware" and r["alternatives"][0]["perplexity"]["passages"]["patched"] < p["pruned"]
+    for other in r["alternatives"]: assert other["metric"] == "patch-aware" and other["cuts"] != r["cuts"] and other["perplexity"]["passages"]["patched"] < p["pruned"]
+    assert r["alternatives"] or "patch-aware" in r["notes"][0]
     assert all(c[k] for c in r["continuations"] for k in ("prompt", "dense", "pruned", "patched"))
     assert str(playground_path()) not in json.dumps(r)
 
@@ -126,6 +127,13 @@ def test_families(playground, family):
 def test_calibration_by_the_model_itself(playground):
     r = run_job(*playground, remove=2, calibration="self", eval=("passages",), seq_len=T, samples=4, batch_size=16)
     assert r["calibration"]["source"] == "self" and r["calibration"]["samples"] == 4
+
+
+def test_an_alternative(playground):
+    r = run_job(*playground, cuts=("1:3",), alternatives=(("patch-aware", "lstsq"),), remove=2, calibration="passages", eval=("passages",), seq_len=T, samples=8, batch_size=16)
+    other, = r["alternatives"]
+    assert other["cuts"] != [[1, 3]] and other["patch"] == "lstsq" and set(other["perplexity"]["passages"]) == {"pruned", "patched"} == set(other["kl"]["passages"])
+    assert len(repr(r).splitlines()) == 2 + 3 + 2
 
 
 def test_a_file_of_text(playground, tmp_path):
