@@ -23,9 +23,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/13_cli.ipynb #69c37843
-DEMO_PROMPTS = ("The road went down to the river, and",)
-
+# %% ../nbs/13_cli.ipynb #dce15b88
 @dataclass
 class Job:
     "Everything that a run has to decide; the defaults are the paper's (arXiv 2505.24680, section 4)."
@@ -50,7 +48,8 @@ class Job:
     trust_remote_code: bool = False # run code that comes with the model?
     progress: bool = False       # bars on stderr
 
-# %% ../nbs/13_cli.ipynb #5b18f808
+# %% ../nbs/13_cli.ipynb #83e4494d
+DEMO_PROMPTS = ("The road went down to the river, and",)
 SOURCES = ("wikitext2", "c4", "ptb", "passages")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -58,12 +57,15 @@ def _one_of(what, value, names):
     if value not in names: raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(names)}")
 
 def _check_source(what, source, extra=()):
-    if source in SOURCES + tuple(extra): return
-    path = Path(source).expanduser()
-    if path.is_dir(): raise ValueError(f"{what} {source} is a folder: give one text file, or one of {', '.join(SOURCES + tuple(extra))}")
-    if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor one of {', '.join(SOURCES + tuple(extra))}")
+    "ValueError where a text is neither a known name nor a file with something in it."
+    names, path = SOURCES + tuple(extra), Path(source).expanduser()
+    if source in names: return
+    known = f"one of {', '.join(names)}"
+    if path.is_dir(): raise ValueError(f"{what} {source} is a folder: give one text file, or {known}")
+    if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor {known}")
     if not path.stat().st_size: raise ValueError(f"{what} {source} is an empty file (0 tokens): give a text")
 
+# %% ../nbs/13_cli.ipynb #6e61318d
 def check_words(
     job:Job, # the request
 ):
@@ -72,23 +74,24 @@ def check_words(
     from linearpatch.pruning import check_output
     from linearpatch.selection import METRICS
     for name, least in (("remove", 1), ("samples", 1), ("seq_len", 2), ("batch_size", 1)):
-        value = getattr(job, name)
-        if value is not None and value < least: raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
-    if job.remove is None and not job.cuts: raise ValueError("what should be removed? Give --remove N (a number of layers) or --cut A:B (layers A to B-1)")
-    _one_of("metric", job.metric, METRICS)
-    for metric, family in job.alternatives: _one_of("metric", metric, METRICS), _one_of("patch", family, FAMILIES)
-    for family in (job.patch, *job.families): _one_of("patch", family, FAMILIES)
+        value, option = getattr(job, name), "--" + name.replace("_", "-")
+        if value is not None and value < least: raise ValueError(f"{option} is {value}: give at least {least}")
+    if job.remove is None and not job.cuts:
+        raise ValueError("what should be removed? Give --remove N (a number of layers) or --cut A:B (layers A to B-1)")
+    for metric in (job.metric, *(m for m, _ in job.alternatives)): _one_of("metric", metric, METRICS)
+    for family in (job.patch, *job.families, *(f for _, f in job.alternatives)): _one_of("patch", family, FAMILIES)
     _one_of("dtype", job.dtype, DTYPES)
     _check_source("--calibration", job.calibration, ("self",))
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
 
-# %% ../nbs/13_cli.ipynb #b532f621
+# %% ../nbs/13_cli.ipynb #47539421
 def model_name(
     job:Job, # the request
 ) -> str:    # a name for the record
     "What the model is called; the bundled one goes by `playground` (unless a folder of that name is here)."
-    name = job.model if isinstance(job.model, (str, Path)) else getattr(job.model.config, "_name_or_path", "") or type(job.model).__name__
+    name = job.model
+    if not isinstance(name, (str, Path)): name = getattr(name.config, "_name_or_path", "") or type(name).__name__
     return "playground" if _is_playground(name) else str(name)
 
 def _is_playground(name):
@@ -99,34 +102,46 @@ def _location(job):
     from linearpatch.models import playground_path
     return str(playground_path()) if _is_playground(job.model) else str(job.model)
 
-# %% ../nbs/13_cli.ipynb #d652a924
+# %% ../nbs/13_cli.ipynb #7dd4e8ae
+def _config(job):
+    "The config of the model of a request, without its weights."
+    from transformers import AutoConfig
+    from linearpatch.models import check_folder
+    if not isinstance(job.model, (str, Path)): return job.model.config
+    name = check_folder(_location(job))
+    try: return AutoConfig.from_pretrained(name, trust_remote_code=job.trust_remote_code)
+    except OSError as e:
+        raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none "
+                         "(check the spelling, the network and your access)") from e
+
+# %% ../nbs/13_cli.ipynb #659ceef2
 def check_job(
     job:Job,  # the request
 ) -> list:    # the given cuts, checked and merged (empty: the metric will choose)
     "ValueError for anything wrong that can be known without loading weights; nothing is computed or written."
-    from transformers import AutoConfig
-    from linearpatch.models import Cut, candidates, check_cuts, check_decoder, check_folder, text_config
+    from linearpatch.models import Cut, candidates, check_cuts, check_decoder, text_config
     check_words(job)
     cuts = [c if isinstance(c, Cut) else Cut.parse(c) if isinstance(c, str) else Cut(*c) for c in job.cuts]
-    if isinstance(job.model, (str, Path)):
-        name = check_folder(_location(job))
-        try: config = AutoConfig.from_pretrained(name, trust_remote_code=job.trust_remote_code)
-        except OSError as e: raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none (check the spelling, the network and your access)") from e
-    else: config = job.model.config
+    config = _config(job)
     check_decoder(config)
     layers, longest = text_config(config).num_hidden_layers, getattr(text_config(config), "max_position_embeddings", None)
     if cuts: cuts = check_cuts(cuts, layers)
     if job.remove: candidates(layers, job.remove)
     removed = sum(c.n for c in cuts)
-    if cuts and job.remove not in (None, removed): raise ValueError(f"--remove {job.remove} and the cuts disagree: {cuts} remove {removed} layers; leave --remove out")
-    if longest and job.seq_len > longest: raise ValueError(f"windows of {job.seq_len} tokens are longer than the {longest} positions of the model: give --seq-len {longest} or less")
+    if cuts and job.remove not in (None, removed):
+        raise ValueError(f"--remove {job.remove} and the cuts disagree: {cuts} remove {removed} layers; leave --remove out")
+    if longest and job.seq_len > longest:
+        raise ValueError(f"windows of {job.seq_len} tokens are longer than the {longest} positions of the model: "
+                         f"give --seq-len {longest} or less")
     return cuts
 
-# %% ../nbs/13_cli.ipynb #ac64623d
+# %% ../nbs/13_cli.ipynb #f2b33aef
 def _tokenizer(job):
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(_location(job), trust_remote_code=job.trust_remote_code)
-    except OSError as e: raise ValueError(f"{job.model} has no tokenizer ({_one_line(e)}): save one beside the model with tokenizer.save_pretrained") from e
+    except OSError as e:
+        raise ValueError(f"{job.model} has no tokenizer ({_one_line(e)}): save one beside the model "
+                         "with tokenizer.save_pretrained") from e
 
 def make_texts(
     job:Job,   # the request
@@ -135,12 +150,15 @@ def make_texts(
     "All windows of a run; ValueError for a text that is too short, or a tokenizer without BOS."
     from linearpatch.calibration import load_windows
     common = dict(seq_len=job.seq_len, seed=job.seed, bos=job.bos)
-    calibration = None if job.calibration == "self" else load_windows(job.calibration, tokenizer, split="calibration", samples=job.samples, **common)
-    corpora = {(source if source in SOURCES else Path(source).name): load_windows(source, tokenizer, split="heldout", samples=None, **common)
-               for source in dict.fromkeys(job.eval)}
+    calibration, corpora = None, {}
+    if job.calibration != "self":
+        calibration = load_windows(job.calibration, tokenizer, split="calibration", samples=job.samples, **common)
+    for source in job.eval:
+        name = source if source in SOURCES else Path(source).name
+        corpora[name] = load_windows(source, tokenizer, split="heldout", samples=None, **common)
     return calibration, corpora
 
-# %% ../nbs/13_cli.ipynb #3e146851
+# %% ../nbs/13_cli.ipynb #52414d20
 def diagnose_model(
     job:Job,       # the request
     model,         # the intact model
@@ -161,14 +179,14 @@ def diagnose_model(
         if given: stats = collect(model, windows, cuts=given, moments=given if heavy else (), **common)
         else: stats = collect(model, windows, n_remove=job.remove, moments="all" if everywhere else (), **common)
     with _stage(job, f"choice of the layers ({'given' if given else job.metric})"):
-        selection = select(model, stats, windows, job.remove, metric=job.metric, patch=job.patch if job.patch != "none" else "hadamard",
-                           batch_size=job.batch_size, seed=job.seed, cuts=given or None, progress=job.progress)
+        selection = select(model, stats, windows, job.remove, metric=job.metric, cuts=given or None, seed=job.seed,
+                           patch="hadamard" if job.patch == "none" else job.patch, batch_size=job.batch_size, progress=job.progress)
     if not given and ((heavy and not everywhere) or any(cut not in stats.cuts for cut in selection.cuts)):
         with _stage(job, f"statistics of {', '.join(map(str, selection.cuts))} for the patch"):
             stats = collect(model, windows, cuts=selection.cuts, moments=selection.cuts if heavy else (), **common)
     return stats, selection
 
-# %% ../nbs/13_cli.ipynb #458642d9
+# %% ../nbs/13_cli.ipynb #86642fcb
 @contextlib.contextmanager
 def _stage(job, what):
     "Tell on stderr what is being done."
@@ -177,9 +195,17 @@ def _stage(job, what):
 
 def _one_line(error): return " ".join(str(error).split())
 
-# %% ../nbs/13_cli.ipynb #34e4bbe9
+# %% ../nbs/13_cli.ipynb #ced3e8c0
 KL_TOKENS = 65536
 
+def _student_numbers(job, model, student, windows):
+    "Perplexity of a student and KL to its teacher; NaN where the student overflows, though the teacher did not."
+    from linearpatch.evaluation import kl_divergence, perplexity
+    few = windows[:max(1, KL_TOKENS // job.seq_len)]
+    try: return perplexity(student, windows, job.batch_size, job.progress), kl_divergence(model, student, few, job.batch_size)
+    except ValueError: return math.nan, math.nan
+
+# %% ../nbs/13_cli.ipynb #7b8f07bd
 def measure(
     job:Job,    # the request
     model,      # the intact model
@@ -188,24 +214,21 @@ def measure(
     students,   # {family: student}, "none" for the one without a patch
 ) -> dict:      # the parts `perplexity`, `families`, `kl` and `continuations` of the record
     "Perplexity of the teacher and of each student, KL to the teacher, and how each goes on with the prompts."
-    from linearpatch.evaluation import kl_divergence, perplexity
+    from linearpatch.evaluation import perplexity
     families, kl, ppl = {}, {}, {}
-    for corpus, windows in corpora.items():
-        with _stage(job, f"perplexity on {corpus}: intact model"): dense = perplexity(model, windows, job.batch_size, progress=job.progress)
-        families[corpus], kl[corpus] = {}, {}
+    for c, windows in corpora.items():
+        with _stage(job, f"perplexity on {c}: intact model"):
+            dense, families[c], kl[c] = perplexity(model, windows, job.batch_size, job.progress), {}, {}
         for family, student in students.items():
-            with _stage(job, f"perplexity on {corpus}: {'pruned' if family == 'none' else family}"):
-                try:
-                    families[corpus][family] = perplexity(student, windows, job.batch_size, progress=job.progress)
-                    kl[corpus][family] = kl_divergence(model, student, windows[:max(1, KL_TOKENS // job.seq_len)], job.batch_size)
-                except ValueError: families[corpus][family] = kl[corpus][family] = math.nan # the student overflows, the teacher did not
-        ppl[corpus] = dict(dense=dense, pruned=families[corpus]["none"], patched=families[corpus][job.patch])
+            with _stage(job, f"perplexity on {c}: {'pruned' if family == 'none' else family}"):
+                families[c][family], kl[c][family] = _student_numbers(job, model, student, windows)
+        ppl[c] = dict(dense=dense, pruned=families[c]["none"], patched=families[c][job.patch])
     three = dict(dense=model, pruned=students["none"], patched=students[job.patch])
-    with _stage(job, "continuations"):
-        texts = [dict(prompt=p, **{k: continuation(m, tokenizer, p, bos=job.bos, seed=job.seed) for k, m in three.items()}) for p in job.prompts]
+    def goes_on(prompt): return {k: continuation(m, tokenizer, prompt, bos=job.bos, seed=job.seed) for k, m in three.items()}
+    with _stage(job, "continuations"): texts = [dict(prompt=p, **goes_on(p)) for p in job.prompts]
     return dict(perplexity=ppl, families=families, kl=kl, continuations=texts)
 
-# %% ../nbs/13_cli.ipynb #98f25fad
+# %% ../nbs/13_cli.ipynb #354266e0
 def continuation(
     model,         # a causal language model
     tokenizer,     # its tokenizer
@@ -227,7 +250,7 @@ def continuation(
                          temperature=temperature, top_k=40, top_p=1.0, pad_token_id=pad)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
-# %% ../nbs/13_cli.ipynb #c135f8b2
+# %% ../nbs/13_cli.ipynb #db1a44a2
 def _students(job, model, stats, selection):
     "The students by patch family, `none` first, all on the teacher's weights, and the patches of the saved one."
     from linearpatch.fusion import fit_patch
@@ -239,8 +262,9 @@ def _students(job, model, stats, selection):
         if family == job.patch: saved = patches or []
     return students, saved
 
+# %% ../nbs/13_cli.ipynb #60633362
 def _alternatives(job, model, tokenizer, windows, corpora, chosen):
-    "The same with other ways to choose and to mend: the `alternatives` of the record, and notes on those that chose the same layers."
+    "The `alternatives` of the record, and notes on those that chose the same layers."
     out, notes = [], []
     for metric, patch in job.alternatives:
         other = replace(job, metric=metric, patch=patch, families=(), prompts=())
@@ -250,23 +274,27 @@ def _alternatives(job, model, tokenizer, windows, corpora, chosen):
             continue
         students, _ = _students(other, model, stats, selection)
         found = measure(other, model, tokenizer, corpora, students)
-        pairs = {part: {c: dict(pruned=v["none"], patched=v[patch]) for c, v in found[part].items()} for part in ("families", "kl")}
-        out.append(dict(metric=metric, patch=patch, cuts=[[c.start, c.stop] for c in selection.cuts], perplexity=pairs["families"], kl=pairs["kl"]))
+        def pairs(part): return {c: dict(pruned=v["none"], patched=v[patch]) for c, v in found[part].items()}
+        out.append(dict(metric=metric, patch=patch, cuts=[[c.start, c.stop] for c in selection.cuts],
+                        perplexity=pairs("families"), kl=pairs("kl")))
     return out, notes
 
+# %% ../nbs/13_cli.ipynb #b7337bf7
 def _notes(job, stats):
     "What a reader should know about this run."
     notes = []
     for source in job.eval:
         if source not in SOURCES and source == job.calibration:
-            notes.append(f"Calibration and evaluation read the same file, {Path(source).name}: its perplexities flatter the patch a little. Give --eval another text.")
+            notes.append(f"Calibration and evaluation read the same file, {Path(source).name}: "
+                         "its perplexities flatter the patch a little. Give --eval another text.")
     if not stats.rotation.is_hadamard:
-        notes.append(f"No Hadamard matrix of size {stats.hidden} is known to this library; {stats.rotation.name} took its place.")
+        notes.append(f"No Hadamard matrix of size {stats.hidden} is known here; {stats.rotation.name} took its place.")
     if job.samples * job.seq_len < 20 * stats.hidden and "lstsq" in (job.patch, *job.families):
-        notes.append(f"{job.samples} windows of {job.seq_len} tokens are few for least squares on {stats.hidden} channels: take more samples.")
+        notes.append(f"{job.samples} windows of {job.seq_len} tokens are few for least squares on {stats.hidden} channels: "
+                     "take more samples.")
     return notes
 
-# %% ../nbs/13_cli.ipynb #0736c702
+# %% ../nbs/13_cli.ipynb #f0ec09c9
 def _record(job, command, model, stats, selection, windows, corpora, saved, measured):
     "Put the record together."
     from linearpatch.report import Report, describe_model, draw_figures, figure_numbers, scale_record, versions, windows_record
@@ -274,13 +302,24 @@ def _record(job, command, model, stats, selection, windows, corpora, saved, meas
         schema=1, command=command, model=describe_model(model, model_name(job), selection.cuts, len(saved)),
         cuts=[[c.start, c.stop] for c in selection.cuts], metric=selection.metric, patch=job.patch,
         patches=[scale_record(p, stats) for p in saved],
-        calibration=dict(source=job.calibration, samples=len(windows), seq_len=windows.ids.shape[1], tokens=int(windows.n_tokens), bos=job.bos),
+        calibration=dict(source=job.calibration, samples=len(windows), seq_len=windows.ids.shape[1],
+                         tokens=int(windows.n_tokens), bos=job.bos),
         evaluation={c: windows_record(w) for c, w in corpora.items()}, **measured,
-        figures=figure_numbers(stats, selection, measured["families"]), notes=_notes(job, stats), seed=job.seed, versions=versions())
+        figures=figure_numbers(stats, selection, measured["families"]), notes=_notes(job, stats),
+        seed=job.seed, versions=versions())
     report.figures = draw_figures(report, stats, selection)
     return report
 
-# %% ../nbs/13_cli.ipynb #14b5dcde
+# %% ../nbs/13_cli.ipynb #6b29060d
+def _load(job, tokenizer):
+    "The model of a request (if it is not one already) and its tokenizer."
+    from linearpatch.models import load_model, load_playground
+    if not isinstance(job.model, (str, Path)): return job.model, tokenizer
+    with _stage(job, f"loading {model_name(job)}"):
+        if _is_playground(job.model) and job.dtype == "auto": return load_playground()[0], tokenizer
+        model, _ = load_model(_location(job), job.dtype, job.device_map, job.trust_remote_code)
+    return model, tokenizer
+
 def run_job(
     model,          # a loaded model, a folder, a Hub name, or "playground"
     tokenizer=None, # of a loaded model
@@ -288,34 +327,33 @@ def run_job(
     command="",     # recorded as the command that repeats the run
     **settings,     # any other field of `Job`
 ):                  # a `Report`
-    "All steps of the method: check, load, diagnose, choose, patch, measure, write. ValueError for bad input, before anything is computed or written."
+    "All steps: check, load, diagnose, choose, patch, measure, write. ValueError for bad input, before anything is computed or written."
     from linearpatch.calibration import sample_windows
-    from linearpatch.models import load_model, load_playground, seed_everything
+    from linearpatch.models import seed_everything
     job = Job(model, **settings)
     given = check_job(job)
     seed_everything(job.seed)
-    if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or _tokenizer(job)
+    if isinstance(model, (str, Path)): tokenizer = tokenizer or _tokenizer(job)
     elif tokenizer is None: raise ValueError("a loaded model needs its tokenizer: run_job(model, tokenizer, ...)")
-    windows, corpora = make_texts(job, tokenizer) if evaluate else make_texts(Job(**{**vars(job), "eval": ()}), tokenizer)
-    with _stage(job, f"loading {model_name(job)}"):
-        if model_name(job) == "playground" and job.dtype == "auto" and not hasattr(model, "config"): model, _ = load_playground()
-        elif isinstance(model, (str, Path)): model, _ = load_model(_location(job), dtype=job.dtype, device_map=job.device_map, trust_remote_code=job.trust_remote_code)
-    if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=max(job.batch_size, 8))
-    return _work(job, model, tokenizer, given, windows, corpora, command or command_line(job, "run" if evaluate else "diagnose"), evaluate)
+    windows, corpora = make_texts(job if evaluate else replace(job, eval=()), tokenizer)
+    model, tokenizer = _load(job, tokenizer)
+    if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=8)
+    command = command or command_line(job, "run" if evaluate else "diagnose")
+    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate)
 
-# %% ../nbs/13_cli.ipynb #0d958bf3
+# %% ../nbs/13_cli.ipynb #779912df
 def _work(job, model, tokenizer, given, windows, corpora, command, evaluate):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
     from linearpatch.pruning import output_folder, save_student
     from linearpatch.report import save_report
+    families = (job.patch, *job.families) if evaluate else ()
     with contextlib.nullcontext() if job.out is None else output_folder(job.out) as folder:
-        stats, selection = diagnose_model(job, model, windows, given, (job.patch, *job.families) if evaluate else ())
-        saved, measured = [], dict(perplexity={}, families={}, kl={}, continuations=[])
+        stats, selection = diagnose_model(job, model, windows, given, families)
+        saved, notes, measured = [], [], dict(perplexity={}, families={}, kl={}, alternatives=[], continuations=[])
         if evaluate:
             students, saved = _students(job, model, stats, selection)
             measured = measure(job, model, tokenizer, corpora, students)
-        measured["alternatives"], notes = _alternatives(job, model, tokenizer, windows, corpora, selection.cuts) if evaluate else ([], [])
+            measured["alternatives"], notes = _alternatives(job, model, tokenizer, windows, corpora, selection.cuts)
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured)
         report["notes"] += notes
         if folder is not None:
@@ -324,51 +362,62 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate):
                 with _stage(job, "student"): save_student(students[job.patch], folder / "model", tokenizer)
     return report
 
-# %% ../nbs/13_cli.ipynb #d306c195
-_options = dict(remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples", seq_len="--seq-len",
-                batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype", device_map="--device-map", seed="--seed", out="--out")
+# %% ../nbs/13_cli.ipynb #6082cfa9
+_options = dict(
+    remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
+    seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype",
+    device_map="--device-map", seed="--seed")
+
+def _as_words(option, value):
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [w for v in values for w in (option, f"{v.start}:{v.stop}" if hasattr(v, "stop") else str(v))]
 
 def command_line(
     job:Job,       # the request
     command="run", # "run" or "diagnose"
 ) -> str:          # for a shell
     "The command that repeats a job."
-    words = ["linearpatch", command, model_name(job)]
+    words, defaults = ["linearpatch", command, model_name(job)], {f.name: f.default for f in fields(Job)} | {"prompts": DEMO_PROMPTS}
     skip = ("patch", "eval", "prompts") if command == "diagnose" else ()
-    defaults = {f.name: f.default for f in fields(Job)} | {"prompts": DEMO_PROMPTS}
-    flags = ["--compare"] * (command == "run" and bool(job.families)) + ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     for name, option in _options.items():
         value = getattr(job, name)
-        if name == "out": words += flags
-        if name in skip or value is None or value == defaults[name]: continue
-        for v in value if isinstance(value, (tuple, list)) else [value]: words += [option, f"{v.start}:{v.stop}" if hasattr(v, "stop") else str(v)]
-    return shlex.join(words)
+        if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
+    words += ["--compare"] * (command == "run" and bool(job.families))
+    words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
+    return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))
 
-# %% ../nbs/13_cli.ipynb #588d2984
-app = typer.Typer(name="linearpatch", add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
-                  help="Remove layers from a language model, and mend the seam with one matrix.",
-                  epilog="Begin with: linearpatch demo")
+# %% ../nbs/13_cli.ipynb #e5228c42
+app = typer.Typer(
+    name="linearpatch", add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Remove layers from a language model, and mend the seam with one matrix.", epilog="Begin with: linearpatch demo")
 
-def _option(type_, name, text, panel): return Annotated[type_, typer.Option(*([name] if isinstance(name, str) else name), help=text, rich_help_panel=panel, show_default=True)]
+def _option(type_, name, text, panel): return Annotated[type_, typer.Option(name, help=text, rich_help_panel=panel)]
 
 WHAT, HOW, TEXT, MACHINE = "What to remove", "How", "Text", "Machine"
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A folder written by save_pretrained, a Hub name such as org/model, or 'playground' (the bundled model).", show_default=False)]
-OutOpt = _option(Path, "--out", "Folder to write: report.html, report.json, figures/ and (not for diagnose) model/. It must not exist yet, or be empty.", WHAT)
+ModelArg = Annotated[str, typer.Argument(
+    metavar="MODEL", show_default=False, help="A folder written by save_pretrained, a Hub name such as org/model, or 'playground' (the bundled model).")]
+OutOpt = _option(Path, "--out", "Folder to write: report.html, report.json, figures/ and (not for diagnose) model/. "
+    "It must not exist yet, or be empty.", WHAT)
 RemoveOpt = _option(Optional[int], "--remove", "How many layers to remove; --metric chooses which.", WHAT)
-CutOpt = _option(Optional[list[str]], "--cut", "Remove layers A to B-1, written A:B, instead of choosing. Repeat it for several cuts.", WHAT)
-MetricOpt = _option(str, "--metric", "What chooses the layers. cosine, angular: the contiguous layers that change the direction of the stream least. "
-    "influence: single layers, the same way. perplexity: remove greedily what the text misses least. taylor: what the gradient says matters least. "
-    "patch-aware: what costs least after patching. random; cosine-channel (for comparison with published code).", HOW)
-PatchOpt = _option(str, "--patch", "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the rotation. scalar: one number. "
-    "procrustes: a scaled rotation. lstsq: full least squares. none.", HOW)
+CutOpt = _option(Optional[list[str]], "--cut", "Remove layers A to B-1, written A:B, instead of choosing. "
+    "Repeat it for several cuts.", WHAT)
+MetricOpt = _option(str, "--metric", "What chooses the layers. cosine, angular: the contiguous layers that change the "
+    "direction of the stream least. influence: single layers, the same way. perplexity: remove greedily what the text "
+    "misses least. taylor: what the gradient says matters least. patch-aware: what costs least after patching. "
+    "random; cosine-channel (for comparison with published code).", HOW)
+PatchOpt = _option(str, "--patch", "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the "
+    "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. none.", HOW)
 CompareOpt = _option(bool, "--compare", "Measure every patch family; the one of --patch is saved.", HOW)
 
-# %% ../nbs/13_cli.ipynb #b2162645
-CalibrationOpt = _option(str, "--calibration", "Text for the statistics: wikitext2, c4, ptb, passages (bundled), self (written by the model), or a text file.", TEXT)
+# %% ../nbs/13_cli.ipynb #706ba85a
+CalibrationOpt = _option(str, "--calibration", "Text for the statistics: wikitext2, c4, ptb, passages (bundled), "
+    "self (written by the model), or a text file.", TEXT)
 SamplesOpt = _option(int, "--samples", "Calibration windows.", TEXT)
 SeqLenOpt = _option(int, "--seq-len", "Tokens in a window, for calibration and evaluation.", TEXT)
-EvalOpt = _option(list[str], "--eval", "Text to measure perplexity on: wikitext2, c4, ptb, passages, or a text file. Repeat it for several.", TEXT)
-PromptOpt = _option(Optional[list[str]], "--prompt", "A beginning that the intact, the pruned and the patched model continue. Repeat it for several.", TEXT)
+EvalOpt = _option(list[str], "--eval", "Text to measure perplexity on: wikitext2, c4, ptb, passages, or a text file. "
+    "Repeat it for several.", TEXT)
+PromptOpt = _option(Optional[list[str]], "--prompt", "A beginning that the intact, the pruned and the patched model "
+    "continue. Repeat it for several.", TEXT)
 BosOpt = _option(bool, "--bos/--no-bos", "Should every window begin with the tokenizer's BOS token?", TEXT)
 BatchOpt = _option(int, "--batch-size", "Windows at once. Results do not depend on it; speed and memory do.", MACHINE)
 DtypeOpt = _option(str, "--dtype", "Number format to load the model in: auto (as stored), float32, bfloat16, float16.", MACHINE)
@@ -376,37 +425,46 @@ DeviceOpt = _option(Optional[str], "--device-map", "Where the layers go: auto, c
 SeedOpt = _option(int, "--seed", "The one seed, of everything random.", MACHINE)
 TrustOpt = _option(bool, "--trust-remote-code", "Run the code that comes with the model. Only for models you trust.", MACHINE)
 
-# %% ../nbs/13_cli.ipynb #6ee2c15c
-@app.command(epilog="Example: linearpatch run meta-llama/Llama-2-7b-hf --remove 9 --dtype bfloat16 --device-map auto --out llama-9")
-def run(model: ModelArg, out: OutOpt, remove: RemoveOpt = None, cut: CutOpt = None, metric: MetricOpt = "cosine", patch: PatchOpt = "hadamard",
-        compare: CompareOpt = False, calibration: CalibrationOpt = "wikitext2", samples: SamplesOpt = 128, seq_len: SeqLenOpt = 2048,
-        eval: EvalOpt = ["wikitext2"], prompt: PromptOpt = None, bos: BosOpt = True, batch_size: BatchOpt = 1, dtype: DtypeOpt = "auto",
-        device_map: DeviceOpt = None, seed: SeedOpt = 0, trust_remote_code: TrustOpt = False):
+# %% ../nbs/13_cli.ipynb #903eacbc
+@app.command(epilog="Example: linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9")
+def run(
+    model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None,
+    metric:MetricOpt="cosine", patch:PatchOpt="hadamard", compare:CompareOpt=False,
+    calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"],
+    prompt:PromptOpt=None, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
+):
     """Remove layers from any causal language model, patch the seam, measure, and save the student.
 
     Windows of text; one pass over them for statistics; the choice of the layers; the patch;
     perplexity intact, pruned and patched; a page and a student on disk. The defaults are the paper's."""
     from linearpatch.fusion import FAMILIES
-    report = run_job(model, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (), calibration=calibration,
-                     samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or (DEMO_PROMPTS[0],)), bos=bos, batch_size=batch_size, dtype=dtype,
-                     device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, out=out, progress=True)
+    report = run_job(
+        model, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (),
+        calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or DEMO_PROMPTS),
+        bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed,
+        trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #df55f41b
-@app.command(epilog="Example: linearpatch diagnose Qwen/Qwen3-0.6B --remove 6 --calibration notes.txt --seq-len 512 --out look")
-def diagnose(model: ModelArg, out: OutOpt, remove: RemoveOpt = None, cut: CutOpt = None, metric: MetricOpt = "cosine", calibration: CalibrationOpt = "wikitext2",
-             samples: SamplesOpt = 128, seq_len: SeqLenOpt = 2048, bos: BosOpt = True, batch_size: BatchOpt = 1, dtype: DtypeOpt = "auto",
-             device_map: DeviceOpt = None, seed: SeedOpt = 0, trust_remote_code: TrustOpt = False):
+# %% ../nbs/13_cli.ipynb #e9fcdcb1
+@app.command(epilog="Example: linearpatch diagnose org/model --remove 6 --calibration notes.txt --seq-len 512 --out look")
+def diagnose(
+    model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None, metric:MetricOpt="cosine",
+    calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, bos:BosOpt=True,
+    batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None, seed:SeedOpt=0,
+    trust_remote_code:TrustOpt=False, # each is told by the help
+):
     """Look before you cut: figures and numbers only, no student.
 
     How large the stream is at each layer and channel, how unevenly tokens grow across the cut,
     and where the metric would cut."""
-    report = run_job(model, evaluate=False, remove=remove, cuts=tuple(cut or ()), metric=metric, patch="none", calibration=calibration, samples=samples,
-                     seq_len=seq_len, eval=(), bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed,
-                     trust_remote_code=trust_remote_code, out=out, progress=True)
+    report = run_job(
+        model, evaluate=False, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch="none", eval=(),
+        calibration=calibration, samples=samples, seq_len=seq_len, bos=bos, batch_size=batch_size, dtype=dtype,
+        device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #3277f169
+# %% ../nbs/13_cli.ipynb #95058c45
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
@@ -414,11 +472,15 @@ def demo_settings(
     "What `linearpatch demo` runs."
     from linearpatch.fusion import FAMILIES
     from linearpatch.models import PLAYGROUND_REMOVE, PLAYGROUND_SEQ_LEN
-    return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES, alternatives=(("patch-aware", "lstsq"),), calibration="passages", samples=128,
-                seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed)
+    return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES,
+                alternatives=(("patch-aware", "lstsq"),), calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN,
+                batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed)
 
+# %% ../nbs/13_cli.ipynb #11bc3813
 @app.command(epilog="Example: linearpatch demo --out demo")
-def demo(out: OutOpt = Path("demo"), remove: RemoveOpt = None, seed: SeedOpt = 0):
+def demo(
+    out:OutOpt=Path("demo"), remove:RemoveOpt=None, seed:SeedOpt=0, # each is told by the help
+):
     """The whole story on the bundled model, in less than two minutes on two CPU cores, without a network.
 
     Layers are removed and perplexity jumps; each kind of patch wins a part of it back;
@@ -428,7 +490,7 @@ def demo(out: OutOpt = Path("demo"), remove: RemoveOpt = None, seed: SeedOpt = 0
     report = run_job(**settings, out=out, progress=True, command=shlex.join(["linearpatch", "demo", "--out", str(out)]) + extra)
     tell(report, out, demo=True)
 
-# %% ../nbs/13_cli.ipynb #f8e7e0d8
+# %% ../nbs/13_cli.ipynb #53704855
 def _tell_diagnosis(report):
     "The numbers of a diagnosis in a few lines."
     from linearpatch.report import number
@@ -436,7 +498,32 @@ def _tell_diagnosis(report):
     ranked = sorted(scores["scores"], key=lambda s: s[2], reverse=scores["best"] == "max")
     if ranked: print(f"{report['metric']}, best first: " + ", ".join(f"[{a}, {b}) {v:.4g}" for a, b, v in ranked[:5]))
     print("mean |X| by layer: " + " ".join(number(v) for v in report["figures"]["magnitude"]["raw"]["by_layer"]))
-    if massive: print("largest |x|: {value:.4g} in X^({layer}), token {position} of a window, channel {channel}\n".format(**massive[0]))
+    where = "largest |x|: {value:.4g} in X^({layer}), token {position} of a window, channel {channel}"
+    print((where.format(**massive[0]) if massive else "") + "\n")
+
+# %% ../nbs/13_cli.ipynb #0f795ce7
+def _tell_results(report, out):
+    "The table, what its signs mean, and the three continuations."
+    import textwrap
+    from linearpatch.report import table
+    chosen = "as given" if report["metric"] == "given" else f"chosen by {report['metric']}"
+    removed = ", ".join(f"[{a}, {b})" for a, b in report["cuts"])
+    print(f"{table(report)}\n* saved in {out}/model; removed: {removed}, {chosen}")
+    for other in report["alternatives"]: print(f"rows that begin with [: another cut, chosen by {other['metric']}")
+    print()
+    for c in report["continuations"]:
+        print(f"{c['prompt']} ...")
+        for key in ("dense", "pruned", "patched"):
+            print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:8}", subsequent_indent=" " * 10))
+        print()
+
+# %% ../nbs/13_cli.ipynb #c7d86f5e
+def _next(report, out, demo):
+    "The next step to try."
+    m = report["model"]
+    if demo: return f"open {out}/report.html, then take a model of yours: linearpatch run MODEL --remove N --out DIR"
+    if not report["perplexity"]: return f"linearpatch run {m['name']} --remove {m['layers'] - m['layers_after']} ... --out DIR"
+    return f"open {out}/report.html; --compare measures every patch family, --metric patch-aware looks for a better cut."
 
 def tell(
     report,     # a `Report`
@@ -445,29 +532,22 @@ def tell(
 ):
     "Print what a run found, where it lies, and what to try next."
     import textwrap
-    from linearpatch.report import headline, table
+    from linearpatch.report import headline
     print(textwrap.fill(headline(report), 100) + "\n")
-    if report["perplexity"]: print(table(report) + f"\n* saved in {out}/model; removed: {', '.join(f'[{a}, {b})' for a, b in report['cuts'])}, {'as given' if report['metric'] == 'given' else 'chosen by ' + report['metric']}"
-                                    + "".join(f"; another cut, chosen by {a['metric']}, in rows [...)" for a in report["alternatives"]) + "\n")
+    if report["perplexity"]: _tell_results(report, out)
     else: _tell_diagnosis(report)
-    for c in report["continuations"]:
-        print(f"{c['prompt']} ...")
-        for key in ("dense", "pruned", "patched"): print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:8}", subsequent_indent=" " * 10))
-        print()
     for note in report["notes"]: print(textwrap.fill("Note: " + note, 100) + "\n")
-    width = max(map(len, report.figures))
-    for name in report.figures: print(f"{name:{width}}  {out}/figures/{name}.png")
-    print(f"{'page':{width}}  {out}/report.html\n{'record':{width}}  {out}/report.json\n")
-    print("Next: " + (f"open {out}/report.html, then take a model of yours: linearpatch run MODEL --remove N --out DIR" if demo else
-                      f"linearpatch run {report['model']['name']} --remove {report['model']['layers'] - report['model']['layers_after']} ..." if not report["perplexity"] else
-                      f"open {out}/report.html; --compare measures every patch family, --metric patch-aware looks for a better cut."))
+    paths = {name: f"figures/{name}.png" for name in report.figures} | {"page": "report.html", "record": "report.json"}
+    for name, path in paths.items(): print(f"{name:{max(map(len, paths))}}  {out}/{path}")
+    print(f"\nNext: {_next(report, out, demo)}")
 
-# %% ../nbs/13_cli.ipynb #7b5750d1
+# %% ../nbs/13_cli.ipynb #c099e5a2
 def _refusal(error):
     "The one line for an error that the user can mend, or None."
     name = type(error).__name__
     if hasattr(error, "format_message"): return error.format_message()
-    if name == "OutOfMemoryError": return "out of memory: try --batch-size 1, --dtype bfloat16, a shorter --seq-len, or --device-map auto"
+    if name == "OutOfMemoryError":
+        return "out of memory: try --batch-size 1, --dtype bfloat16, a shorter --seq-len, or --device-map auto"
     if name == "SafetensorError": return f"the model's weights cannot be read ({error}): copy or download them again"
     return str(error) if isinstance(error, (ValueError, OSError)) else None
 
@@ -480,7 +560,7 @@ def _quiet():
 
 def _terminated(*_): raise SystemExit(143)
 
-# %% ../nbs/13_cli.ipynb #f11dbcea
+# %% ../nbs/13_cli.ipynb #9f6b4f78
 def main(
     args=None, # words of the command line; None: those of the process
 ):

@@ -29,7 +29,7 @@ from .mismatch import RATIO_BINS, plot_magnitude, plot_massive, plot_ratios
 from .models import decoder_layers, hidden_size, n_layers
 from .selection import plot_selection
 
-# %% ../nbs/12_report.ipynb #271745e9
+# %% ../nbs/12_report.ipynb #3a61c8e5
 SCHEMA = {
     "schema": ("int", "version of this layout"),
     "command": ("str", "the command line that repeats the run"),
@@ -49,6 +49,10 @@ SCHEMA = {
     "patches[].distance": ("number", "|P - I| / |I|, Frobenius: how far the patch is from doing nothing"),
     "patches[].sigma": ("number", "sigma_d, spread of the token-wise ratios"),
     "patches[].sigma_rotated": ("number", "the same after the rotation"),
+}
+
+# %% ../nbs/12_report.ipynb #c87ebdf3
+SCHEMA |= {
     "calibration.source": ("str", "name or file of the calibration text"),
     "calibration.samples": ("int", "calibration windows"),
     "calibration.seq_len": ("int", "tokens in a window"),
@@ -76,13 +80,13 @@ SCHEMA = {
     "versions": ("dict", "linearpatch, torch, transformers, python"),
 }
 
-# %% ../nbs/12_report.ipynb #e79bd516
+# %% ../nbs/12_report.ipynb #d1fc1ec3
 def schema_table() -> str: # Markdown
     "The documented keys of `report.json`, one a row."
     rows = [f"| `{key}` | {kind} | {meaning.replace('|', '&#124;')} |" for key, (kind, meaning) in SCHEMA.items()]
     return "\n".join(["| Key | Type | Meaning |", "|---|---|---|"] + rows)
 
-# %% ../nbs/12_report.ipynb #8fe5623c
+# %% ../nbs/12_report.ipynb #3d790010
 def plain(
     x,        # anything made of dicts, lists, tensors, arrays and numbers
     digits=5, # significant digits kept of a number that comes in a tensor or list
@@ -94,7 +98,7 @@ def plain(
     if isinstance(x, float): return None if not math.isfinite(x) else float(f"{x:.{digits}g}") if digits else x
     return x
 
-# %% ../nbs/12_report.ipynb #91c3b6b8
+# %% ../nbs/12_report.ipynb #a9f7649e
 _types = dict(int=int, str=str, bool=bool, list=list, dict=dict, number=(int, float, type(None)))
 
 def _values(node, path):
@@ -115,7 +119,7 @@ def check_report(
             if not isinstance(v, _types[kind]) or (kind == "int" and isinstance(v, bool)):
                 raise ValueError(f"{key} of the report should be of type {kind} ({meaning}), and is {v!r}")
 
-# %% ../nbs/12_report.ipynb #33c35241
+# %% ../nbs/12_report.ipynb #119d4518
 class Report(dict):
     "The record of a run: a dict that follows `SCHEMA`, with its figures in `.figures`."
     def __init__(self, *args, **kwargs): # as of a dict
@@ -134,7 +138,7 @@ class Report(dict):
         check_report(record)
         return cls(record)
 
-# %% ../nbs/12_report.ipynb #c72842f1
+# %% ../nbs/12_report.ipynb #25898104
 def describe_model(
     model,   # the teacher
     name,    # folder or Hub name
@@ -151,9 +155,10 @@ def describe_model(
 
 def versions() -> dict: # {name: version}
     "The software whose change could change a number."
-    return dict(linearpatch=__version__, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
+    return dict(linearpatch=__version__, torch=torch.__version__, transformers=transformers.__version__,
+                python=platform.python_version())
 
-# %% ../nbs/12_report.ipynb #32982943
+# %% ../nbs/12_report.ipynb #6f768f48
 def gap_closed(
     dense:float,   # perplexity of the teacher
     pruned:float,  # of the student without a patch
@@ -163,7 +168,7 @@ def gap_closed(
     if any(v is None or not math.isfinite(v) for v in (dense, pruned, patched)) or pruned <= dense: return math.nan
     return (pruned - patched) / (pruned - dense)
 
-# %% ../nbs/12_report.ipynb #f0d36203
+# %% ../nbs/12_report.ipynb #18649157
 def number(
     x,        # a number or None
     digits=2, # behind the point
@@ -185,25 +190,28 @@ def cuts_text(
     spans = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in record["cuts"]]
     return ("layer " if spans and len(spans) == 1 and spans[0].isdigit() else "layers ") + ", ".join(spans)
 
-# %% ../nbs/12_report.ipynb #3665d0e6
+# %% ../nbs/12_report.ipynb #5e45ee3f
 def rows(
     record, # a `Report`
-) -> list:  # dicts: name, layers, saved, and {corpus: (perplexity, gap closed or NaN, KL or None)}
+) -> list:  # dicts: name, layers, saved, and cells = {corpus: (perplexity, gap closed or NaN, KL or None)}
     "The lines of the table: the teacher, the student without a patch, then with each patch tried."
-    m, perplexities, families = record["model"], record["perplexity"], record["families"]
-    out = [dict(name="dense", layers=m["layers"], saved=False, cells={c: (p["dense"], math.nan, None) for c, p in perplexities.items()})]
+    m, ppl, families = record["model"], record["perplexity"], record["families"]
+    dense = {c: (p["dense"], math.nan, None) for c, p in ppl.items()}
+    out = [dict(name="dense", layers=m["layers"], saved=False, cells=dense)]
     for family in dict.fromkeys(f for c in families.values() for f in c):
-        cells = {}
-        for c, p in perplexities.items():
+        name, cells = "pruned" if family == "none" else "+ " + family, {}
+        for c, p in ppl.items():
             value = families[c].get(family)
             closed = math.nan if family == "none" else gap_closed(p["dense"], p["pruned"], value)
             cells[c] = value, closed, record["kl"].get(c, {}).get(family)
-        out.append(dict(name="pruned" if family == "none" else "+ " + family, layers=m["layers_after"], saved=family == record["patch"], cells=cells))
+        out.append(dict(name=name, layers=m["layers_after"], saved=family == record["patch"], cells=cells))
     return out + [row for other in record["alternatives"] for row in _other_rows(record, other)]
 
+# %% ../nbs/12_report.ipynb #add8daa6
 def _other_rows(record, other):
-    "Two lines for another cut: without and with its patch; the gap is that of this cut."
-    spans, layers = " ".join(f"[{a}, {b})" for a, b in other["cuts"]), record["model"]["layers"] - sum(b - a for a, b in other["cuts"])
+    "Two lines for another cut: without and with its patch."
+    spans = " ".join(f"[{a}, {b})" for a, b in other["cuts"])
+    layers = record["model"]["layers"] - sum(b - a for a, b in other["cuts"])
     for key, name in (("pruned", f"{spans} pruned"), ("patched", f"{spans} + {other['patch']}")):
         cells = {}
         for c, p in other["perplexity"].items():
@@ -211,28 +219,35 @@ def _other_rows(record, other):
             cells[c] = p[key], closed, other["kl"][c][key]
         yield dict(name=name, layers=layers, saved=False, cells=cells)
 
+# %% ../nbs/12_report.ipynb #61ddaf60
+def _cells(row, corpora):
+    "A line of the table as texts."
+    texts = [row["name"] + " *" * (row["saved"] and row["name"] != "pruned"), str(row["layers"])]
+    for c in corpora:
+        value, closed, kl = row["cells"][c]
+        texts += [number(value), percent(closed), "" if kl is None else number(kl, 3)]
+    return texts
+
 def table(
     record, # a `Report`
 ) -> str:   # lines of equal width
     "The results as plain text: perplexity, the share of the gap closed and KL, for each corpus."
     corpora = list(record["perplexity"])
     lines = [["", "layers"] + [t for c in corpora for t in (c, "gap closed", "KL")]]
-    for row in rows(record):
-        name = row["name"] + (" *" if row["saved"] and row["name"] != "pruned" else "")
-        cells = [t for c in corpora for v, g, k in [row["cells"][c]] for t in (number(v), percent(g), "" if k is None else number(k, 3))]
-        lines.append([name, str(row["layers"])] + cells)
-    widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    text = ["  ".join([l[0].ljust(widths[0])] + [t.rjust(w) for t, w in zip(l[1:], widths[1:])]).rstrip() for l in lines]
+    lines += [_cells(row, corpora) for row in rows(record)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(l, widths))).rstrip() for l in lines]
     return "\n".join([text[0], "-" * max(map(len, text))] + text[1:])
 
-# %% ../nbs/12_report.ipynb #40e56ed0
+# %% ../nbs/12_report.ipynb #da7ffe26
 def scale_record(
     patch,     # a fitted `Patch`
     stats,     # the `Stats` it was fitted from
 ) -> dict:     # an item of `patches`
     "What a report keeps of a patch: where it sits, how strong it is, and how uneven the tokens were."
     cut = patch.cut
-    return dict(cut=[cut.start, cut.stop], rotation=stats.rotation.name if patch.family == "hadamard" else "none", distance=float(patch.distance),
+    rotation = stats.rotation.name if patch.family == "hadamard" else "none"
+    return dict(cut=[cut.start, cut.stop], rotation=rotation, distance=float(patch.distance),
                 sigma=float(stats.sigma(cut)), sigma_rotated=float(stats.sigma(cut, rotated=True)))
 
 def windows_record(
@@ -241,7 +256,7 @@ def windows_record(
     "How much text a perplexity was measured on."
     return dict(windows=len(windows), seq_len=windows.ids.shape[1], tokens=int(windows.n_tokens))
 
-# %% ../nbs/12_report.ipynb #020447ea
+# %% ../nbs/12_report.ipynb #5a89879b
 def verdict(
     record,      # a `Report`
     corpus=None, # which corpus; the first one if not given
@@ -253,22 +268,27 @@ def verdict(
     closed = gap_closed(**p)
     return "helps" if closed >= 0.02 else "harms" if closed <= -0.02 else "little"
 
-# %% ../nbs/12_report.ipynb #5cfd6d3a
+# %% ../nbs/12_report.ipynb #0103e5b9
 def _because(record):
+    "Why a patch did not help, as far as the record knows."
     if record["patch"] == "none": return "No patch was asked for; try --patch hadamard."
     distance = max((p["distance"] or 0 for p in record["patches"]), default=0)
-    near = (f"The patch is within {percent(distance)} of the identity: the two sides of the cut already have about the same size, so there is little to scale."
-            if distance < 0.1 else
-            f"The patch differs from the identity by {percent(distance)}: the sizes did differ, but what this model misses is what the removed layers computed, not their size.")
-    return near + " Try another cut (--metric), fewer layers, or a family that can do more (--patch lstsq)."
+    near = (f"The patch is within {percent(distance)} of the identity: the two sides of the cut already have about the "
+            "same size, so there is little to scale.")
+    far = (f"The patch differs from the identity by {percent(distance)}: the sizes did differ, but what this model misses "
+           "is what the removed layers computed, not their size.")
+    more = " Try another cut (--metric), fewer layers, or a family that can do more (--patch lstsq)."
+    return (near if distance < 0.1 else far) + more
 
+# %% ../nbs/12_report.ipynb #69223604
 def _best(record, corpus):
     "A sentence on the best patch, where several were tried and it is not the saved one."
     tried = {f: v for f, v in record["families"][corpus].items() if v is not None}
     best = min(tried, key=tried.get)
     if best in (record["patch"], "none"): return ""
     p = record["perplexity"][corpus]
-    return f" The best of the {len(tried) - 1} patches tried here, {best}, closes {percent(gap_closed(p['dense'], p['pruned'], tried[best]))}."
+    share = percent(gap_closed(p["dense"], p["pruned"], tried[best]))
+    return f" The best of the {len(tried) - 1} patches tried here, {best}, closes {share}."
 
 def _alternative(record, corpus):
     "A sentence on the best alternative, where it is better than all else."
@@ -276,14 +296,27 @@ def _alternative(record, corpus):
     other = min(record["alternatives"], key=lambda a: a["perplexity"][corpus]["patched"] or math.inf)
     value = other["perplexity"][corpus]["patched"]
     if value is None or value >= min(v for v in record["families"][corpus].values() if v is not None): return ""
-    return f" Cut elsewhere ({cuts_text(other)}, chosen by {other['metric']}) and patched with {other['patch']}, it comes to {number(value)}."
+    return (f" Cut elsewhere ({cuts_text(other)}, chosen by {other['metric']}) and patched with {other['patch']}, "
+            f"it comes to {number(value)}.")
 
+# %% ../nbs/12_report.ipynb #927936f4
 def _diagnosis(record):
     "The headline of a run that measured no perplexity."
-    sizes, ratios = record["figures"]["magnitude"]["raw"]["by_layer"], max(record["figures"]["ratios"]["cuts"], key=lambda r: r["cut"][1] - r["cut"][0])
-    start, stop = ratios["cut"]
-    return (f"Across {cuts_text(record)} of {Path(record['model']['name']).name} the mean |X| goes from {number(sizes[start])} to {number(sizes[stop])}. "
-            f"The tokens do not agree on the ratio: its spread is {number(ratios['raw']['sigma'])}, and {number(ratios['rotated']['sigma'])} after the rotation.")
+    sizes = record["figures"]["magnitude"]["raw"]["by_layer"]
+    widest = max(record["figures"]["ratios"]["cuts"], key=lambda r: r["cut"][1] - r["cut"][0])
+    start, stop = widest["cut"]
+    raw, rotated = number(widest["raw"]["sigma"]), number(widest["rotated"]["sigma"])
+    return (f"Across {cuts_text(record)} of {Path(record['model']['name']).name} the mean |X| goes from "
+            f"{number(sizes[start])} to {number(sizes[stop])}. The tokens do not agree on the ratio: "
+            f"its spread is {raw}, and {rotated} after the rotation.")
+
+# %% ../nbs/12_report.ipynb #ec20bdf8
+def _opening(record, corpus):
+    "What the cut did, and what the patch is."
+    m, p, size, cuts = record["model"], record["perplexity"][corpus], record["model"]["hidden"], len(record["cuts"])
+    start = (f"Without {m['layers'] - m['layers_after']} of its {m['layers']} layers, the perplexity of "
+             f"{Path(m['name']).name} on {corpus} goes from {number(p['dense'])} to {number(p['pruned'])}")
+    return start, f"One matrix of {size} x {size} brings" if cuts == 1 else f"{cuts} matrices of {size} x {size} bring"
 
 def headline(
     record, # a `Report`
@@ -291,18 +324,18 @@ def headline(
     "The result in words, for the first corpus; where the patch does not help it says so, and why."
     if not record["perplexity"]: return _diagnosis(record)
     corpus, p = next(iter(record["perplexity"].items()))
-    m, size, story = record["model"], record["model"]["hidden"], verdict(record)
-    gone = m["layers"] - m["layers_after"]
-    many = len(record["cuts"]) > 1
-    matrix = f"{len(record['cuts'])} matrices of {size} x {size} bring" if many else f"One matrix of {size} x {size} brings"
-    start = f"Without {gone} of its {m['layers']} layers, the perplexity of {Path(m['name']).name} on {corpus} goes from {number(p['dense'])} to {number(p['pruned'])}"
-    if story == "not finite": return start + f", and with the patch to {number(p['patched'])}. A number is not finite: repeat the run with --dtype float32."
-    if story == "no gap": return start + f": these layers can go at no cost, and there is nothing to mend (with the patch: {number(p['patched'])})."
-    if story == "helps": return start + f". {matrix} it back to {number(p['patched'])}: {percent(gap_closed(**p))} of the gap is closed, without training." + _best(record, corpus) + _alternative(record, corpus)
+    story, (start, matrix), patched = verdict(record), _opening(record, corpus), number(p["patched"])
+    if story == "not finite":
+        return f"{start}, and with the patch to {patched}. A number is not finite: repeat the run with --dtype float32."
+    if story == "no gap":
+        return f"{start}: these layers can go at no cost, and there is nothing to mend (with the patch: {patched})."
+    more = _best(record, corpus) + _alternative(record, corpus)
+    if story == "helps":
+        return f"{start}. {matrix} it back to {patched}: {percent(gap_closed(**p))} of the gap is closed, without training.{more}"
     change = "hardly changes that" if story == "little" else "makes it worse"
-    return start + f". The patch {change}: {number(p['patched'])}. " + _because(record) + _best(record, corpus) + _alternative(record, corpus)
+    return f"{start}. The patch {change}: {patched}. {_because(record)}{more}"
 
-# %% ../nbs/12_report.ipynb #9ef60ad3
+# %% ../nbs/12_report.ipynb #78a7b25b
 COLORS = dict(dense="#334155", pruned="#c2410c", patched="#0f766e", other="#94a3b8")
 
 def plot_perplexity(
@@ -326,15 +359,19 @@ def plot_perplexity(
     ax.tick_params(axis="y", length=0)
     return fig
 
-# %% ../nbs/12_report.ipynb #0ad44699
+# %% ../nbs/12_report.ipynb #15790a28
 CAPTIONS = dict(
-    magnitude="Mean |X| at the input of each layer, channel by channel; the dashed lines are the two sides of the cut. The suffix learned to read the upper one, and after pruning it is given the lower one.",
-    massive="The largest single activations. A few tokens, above all the first of a window, can be many times larger than the rest, and a mean over tokens hears them most.",
-    ratios="How much each token grows across the cut, in each channel. One number a channel serves all tokens only as far as this is narrow: compare before and after the rotation.",
+    magnitude="Mean |X| at the input of each layer, channel by channel; the dashed lines are the two sides of the cut. "
+              "The suffix learned to read the upper one, and after pruning it is given the lower one.",
+    massive="The largest single activations. A few tokens, above all the first of a window, can be many times larger "
+            "than the rest, and a mean over tokens hears them most.",
+    ratios="How much each token grows across the cut, in each channel. One number a channel serves all tokens only as "
+           "far as this is narrow: compare before and after the rotation.",
     scores="Every way to remove the layers, as the selection sees it. The marked one was chosen.",
     perplexity="What it comes to, on text that the calibration never saw. The dashed line is the intact model.",
 )
 
+# %% ../nbs/12_report.ipynb #68d77628
 def _axes(width=7, height=3): return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 def draw_figures(
@@ -344,7 +381,8 @@ def draw_figures(
 ) -> dict:     # {name: matplotlib figure}
     "The figures of a report; those that need a result that is not there are left out."
     widest = max(selection.cuts, key=lambda cut: cut.n)
-    drawn = dict(magnitude=plot_magnitude(stats, ax=_axes()), massive=plot_massive(stats, ax=_axes(height=2.8)), ratios=plot_ratios(stats, widest, ax=_axes()))
+    drawn = dict(magnitude=plot_magnitude(stats, ax=_axes()), massive=plot_massive(stats, ax=_axes(height=2.8)),
+                 ratios=plot_ratios(stats, widest, ax=_axes()))
     for edge in (widest.start, widest.stop): drawn["magnitude"].axhline(edge, color="white", lw=1.2, ls=(0, (4, 3)))
     if selection.scores: drawn["scores"] = selection.plot(_axes(height=2.6))
     figures = {name: ax.figure for name, ax in drawn.items()}
@@ -352,7 +390,7 @@ def draw_figures(
     for fig in figures.values(): plt.close(fig) # drawn, but not to be shown by a notebook
     return figures
 
-# %% ../nbs/12_report.ipynb #6c4d91a9
+# %% ../nbs/12_report.ipynb #d4f26f35
 def figure_numbers(
     stats,     # `Stats` of the teacher
     selection, # the `Selection`
@@ -361,15 +399,18 @@ def figure_numbers(
     "The numbers behind each figure: magnitudes (L+1 layer inputs by C channels), massive tokens, ratios, scores, perplexities."
     def magnitudes(rotated): return {"by_layer": stats.magnitude(rotated).mean(1), "by_channel": stats.magnitude(rotated)}
     def ratios(cut, rotated):
-        return dict(sigma=stats.sigma(cut, rotated), log2_histogram=stats.ratio_hist(cut, rotated), window_ratio=stats.window_ratio(cut, rotated))
+        return dict(sigma=stats.sigma(cut, rotated), log2_histogram=stats.ratio_hist(cut, rotated),
+                    window_ratio=stats.window_ratio(cut, rotated))
+    both = [dict(cut=[c.start, c.stop], raw=ratios(c, False), rotated=ratios(c, True)) for c in selection.cuts]
     massive = [vars(m) for m in sorted(stats.massive, key=lambda m: -m.value)[:16]]
     return plain(dict(
         magnitude=dict(raw=magnitudes(False), rotated=magnitudes(True)),
-        massive=dict(first_token=stats.first_token_max, other_tokens=stats.other_token_max, typical_token=stats.typical_token_max, largest=massive),
-        ratios=dict(log2_bins=RATIO_BINS, cuts=[dict(cut=[c.start, c.stop], raw=ratios(c, False), rotated=ratios(c, True)) for c in selection.cuts]),
+        massive=dict(first_token=stats.first_token_max, other_tokens=stats.other_token_max,
+                     typical_token=stats.typical_token_max, largest=massive),
+        ratios=dict(log2_bins=RATIO_BINS, cuts=both),
         scores=selection.record(), perplexity=families))
 
-# %% ../nbs/12_report.ipynb #d6200623
+# %% ../nbs/12_report.ipynb #c82f6735
 STYLE = """
 :root { --ink:#1e293b; --soft:#64748b; --line:#e2e8f0; --paper:#ffffff; --ground:#f6f7f9;
   --dense:#334155; --pruned:#c2410c; --patched:#0f766e; --other:#94a3b8; color-scheme: light; }
@@ -396,7 +437,7 @@ p { margin:0 0 14px; } .soft { color:var(--soft); font-size:14px; }
 .many b { font-size:0; }  .many b.patch { font-size:11px; flex-basis:20px; }
 """
 
-# %% ../nbs/12_report.ipynb #1fa66ad5
+# %% ../nbs/12_report.ipynb #0b3fea24
 STYLE += """
 .scroll { overflow-x:auto; padding:6px 22px; } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:15px; }
 th,td { padding:9px 10px; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; } tr:last-child td { border-bottom:0; }
@@ -412,7 +453,7 @@ pre { background:#0f172a; color:#e2e8f0; border-radius:10px; padding:14px 18px; 
 @media print { body { background:#fff; } .card { break-inside:avoid; } }
 """
 
-# %% ../nbs/12_report.ipynb #06a33414
+# %% ../nbs/12_report.ipynb #4b9999a9
 PAGE_TOP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>linearpatch: {{ title }}</title><style>{{ style }}</style></head><body><main>
@@ -435,7 +476,7 @@ PAGE_TOP = """<!doctype html>
 {% if r.notes %}<div class="card notes">{% for note in r.notes %}<p class="soft" style="margin:0">{{ note }}</p>{% endfor %}</div>{% endif %}
 """
 
-# %% ../nbs/12_report.ipynb #fd3d4976
+# %% ../nbs/12_report.ipynb #495cfff1
 PAGE_RESULTS = """{% if rows|length %}<h2>Results</h2>
 <div class="card scroll"><table><thead><tr><th></th><th class="wide">layers</th>{% for c in r.perplexity %}<th>{{ c }}</th><th>gap closed</th><th>KL</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr class="{{ 'saved' if row.saved and row.name != 'pruned' else row.name if row.name == 'pruned' else '' }}"><td>{{ row.name }}{% if row.saved %}<span class="tag">saved</span>{% endif %}</td><td class="wide">{{ row.layers }}</td>
@@ -462,7 +503,7 @@ tokenizer = AutoTokenizer.from_pretrained("{{ saved }}")</pre>
 </main></body></html>
 """
 
-# %% ../nbs/12_report.ipynb #322069d6
+# %% ../nbs/12_report.ipynb #e97910ba
 def png_bytes(
     fig,     # a matplotlib figure
     dpi=130, # sharp on a phone's screen, small in a mail
@@ -481,7 +522,7 @@ def _strip(record):
         if cut and layer == cut[1] - 1 and record["patch"] != "none": blocks.append(("patch", "P"))
     return blocks
 
-# %% ../nbs/12_report.ipynb #cf3a1513
+# %% ../nbs/12_report.ipynb #79f4b76f
 def page(
     record,      # a `Report`
     figures=None,# {name: PNG bytes}
@@ -501,15 +542,16 @@ def page(
         removed=removed.capitalize(), gone=m["layers"] - m["layers_after"], saved=saved, captions=CAPTIONS,
         figures={name: base64.b64encode(data).decode() for name, data in (figures or {}).items()})
 
-# %% ../nbs/12_report.ipynb #a87a803b
+# %% ../nbs/12_report.ipynb #35cff0e5
 def preview(
     html:str,   # a page
     height=620, # of the frame, pixels
 ) -> Markup:    # HTML that shows the page inside another one
     "A page in a frame, for a notebook."
-    return Markup(f'<div><iframe srcdoc="{escape(html, quote=True)}" style="width:100%;height:{height}px;border:1px solid #e2e8f0;border-radius:8px"></iframe></div>')
+    style = f"width:100%;height:{height}px;border:1px solid #e2e8f0;border-radius:8px"
+    return Markup(f'<div><iframe srcdoc="{escape(html, quote=True)}" style="{style}"></iframe></div>')
 
-# %% ../nbs/12_report.ipynb #73d7c584
+# %% ../nbs/12_report.ipynb #6341b40b
 def save_report(
     report,      # a `Report`, with its `figures`
     folder,      # where to; exists
@@ -528,8 +570,9 @@ def save_report(
     html.write_text(page(record, pngs, saved), encoding="utf-8")
     return html
 
-# %% ../nbs/12_report.ipynb #acfda961
+# %% ../nbs/12_report.ipynb #67012b85
 def _short_lists(text):
     "Join lists of numbers into one line each, so that a record can be read and compared."
 
-    return re.sub(r"\[\s+((?:-?[\d.eE+-]+|null)(?:,\s+(?:-?[\d.eE+-]+|null))*)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+    value = r"(?:-?[\d.eE+-]+|null)"
+    return re.sub(rf"\[\s+({value}(?:,\s+{value})*)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
