@@ -11,12 +11,12 @@ import importlib
 # %% ../nbs/reference.ipynb #72247c81
 __version__ = "0.1.0"
 
-# %% ../nbs/reference.ipynb #e6028567
+# %% ../nbs/reference.ipynb #2c44e1dd
 _names = {
     "models": (
         "load_model load_playground playground_path Cut candidates runs check_cuts decoder_layers "
-        "n_layers hidden_size text_config remove_layers seed_everything PLAYGROUND_REMOVE "
-        "PLAYGROUND_SEQ_LEN"),
+        "n_layers hidden_size text_config input_device remove_layers seed_everything "
+        "PLAYGROUND_REMOVE PLAYGROUND_SEQ_LEN"),
     "calibration": "Windows load_windows load_text make_windows sample_windows",
     "mismatch": "Stats collect",
     "hadamard": "Rotation make_rotation fwht incoherence",

@@ -51,7 +51,7 @@ SCHEMA = {
     "patches[].sigma_rotated": ("number", "the same after the rotation"),
 }
 
-# %% ../nbs/12_report.ipynb #c87ebdf3
+# %% ../nbs/12_report.ipynb #d584478c
 SCHEMA |= {
     "calibration.source": ("str", "name or file of the calibration text"),
     "calibration.samples": ("int", "calibration windows"),
@@ -66,12 +66,6 @@ SCHEMA |= {
     "perplexity.*.patched": ("number", "of the student with `patch`"),
     "families.*.*": ("number", "perplexity on a corpus with each patch family that was tried"),
     "kl.*.*": ("number", "mean KL(teacher || student) a token, in nats, for the same families"),
-    "alternatives[].metric": ("str", "another way to choose, run beside the main one"),
-    "alternatives[].patch": ("str", "and the patch that was used with it"),
-    "alternatives[].cuts": ("list", "what it removed, as [start, stop]"),
-    "alternatives[].perplexity.*.pruned": ("number", "without its patch, by corpus"),
-    "alternatives[].perplexity.*.patched": ("number", "with it"),
-    "alternatives[].kl.*.pruned": ("number", "KL(teacher || student), likewise `patched`"),
     "continuations[].prompt": ("str", "how the text begins"),
     "continuations[].dense": ("str", "how the teacher goes on; likewise `pruned`, `patched`"),
     "figures.*": ("dict", "the numbers behind each figure"),
@@ -190,7 +184,7 @@ def cuts_text(
     spans = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in record["cuts"]]
     return ("layer " if spans and len(spans) == 1 and spans[0].isdigit() else "layers ") + ", ".join(spans)
 
-# %% ../nbs/12_report.ipynb #5e45ee3f
+# %% ../nbs/12_report.ipynb #80ec2a06
 def rows(
     record, # a `Report`
 ) -> list:  # dicts: name, layers, saved, and cells = {corpus: (perplexity, gap closed or NaN, KL or None)}
@@ -205,21 +199,9 @@ def rows(
             closed = math.nan if family == "none" else gap_closed(p["dense"], p["pruned"], value)
             cells[c] = value, closed, record["kl"].get(c, {}).get(family)
         out.append(dict(name=name, layers=m["layers_after"], saved=family == record["patch"], cells=cells))
-    return out + [row for other in record["alternatives"] for row in _other_rows(record, other)]
+    return out
 
-# %% ../nbs/12_report.ipynb #add8daa6
-def _other_rows(record, other):
-    "Two lines for another cut: without and with its patch."
-    spans = " ".join(f"[{a}, {b})" for a, b in other["cuts"])
-    layers = record["model"]["layers"] - sum(b - a for a, b in other["cuts"])
-    for key, name in (("pruned", f"{spans} pruned"), ("patched", f"{spans} + {other['patch']}")):
-        cells = {}
-        for c, p in other["perplexity"].items():
-            closed = gap_closed(record["perplexity"][c]["dense"], **p) if key == "patched" else math.nan
-            cells[c] = p[key], closed, other["kl"][c][key]
-        yield dict(name=name, layers=layers, saved=False, cells=cells)
-
-# %% ../nbs/12_report.ipynb #61ddaf60
+# %% ../nbs/12_report.ipynb #8c264b0c
 def _cells(row, corpora):
     "A line of the table as texts."
     texts = [row["name"] + " *" * (row["saved"] and row["name"] != "pruned"), str(row["layers"])]
@@ -239,7 +221,7 @@ def table(
     text = ["  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(l, widths))).rstrip() for l in lines]
     return "\n".join([text[0], "-" * max(map(len, text))] + text[1:])
 
-# %% ../nbs/12_report.ipynb #da7ffe26
+# %% ../nbs/12_report.ipynb #33a5d841
 def scale_record(
     patch,     # a fitted `Patch`
     stats,     # the `Stats` it was fitted from
@@ -256,7 +238,7 @@ def windows_record(
     "How much text a perplexity was measured on."
     return dict(windows=len(windows), seq_len=windows.ids.shape[1], tokens=int(windows.n_tokens))
 
-# %% ../nbs/12_report.ipynb #5a89879b
+# %% ../nbs/12_report.ipynb #66529d0a
 def verdict(
     record,      # a `Report`
     corpus=None, # which corpus; the first one if not given
@@ -268,7 +250,7 @@ def verdict(
     closed = gap_closed(**p)
     return "helps" if closed >= 0.02 else "harms" if closed <= -0.02 else "little"
 
-# %% ../nbs/12_report.ipynb #0103e5b9
+# %% ../nbs/12_report.ipynb #45691ea4
 def _because(record):
     "Why a patch did not help, as far as the record knows."
     if record["patch"] == "none": return "No patch was asked for; try --patch hadamard."
@@ -280,26 +262,17 @@ def _because(record):
     more = " Try another cut (--metric), fewer layers, or a family that can do more (--patch lstsq)."
     return (near if distance < 0.1 else far) + more
 
-# %% ../nbs/12_report.ipynb #69223604
+# %% ../nbs/12_report.ipynb #e03e270a
 def _best(record, corpus):
     "A sentence on the best patch, where several were tried and it is not the saved one."
     tried = {f: v for f, v in record["families"][corpus].items() if v is not None}
     best = min(tried, key=tried.get)
     if best in (record["patch"], "none"): return ""
     p = record["perplexity"][corpus]
-    share = percent(gap_closed(p["dense"], p["pruned"], tried[best]))
-    return f" The best of the {len(tried) - 1} patches tried here, {best}, closes {share}."
+    share = gap_closed(p["dense"], p["pruned"], tried[best])
+    return f" The best of the {len(tried) - 1} patches tried here, {best}, closes {percent(share)}." if share > 0 else ""
 
-def _alternative(record, corpus):
-    "A sentence on the best alternative, where it is better than all else."
-    if not record["alternatives"]: return ""
-    other = min(record["alternatives"], key=lambda a: a["perplexity"][corpus]["patched"] or math.inf)
-    value = other["perplexity"][corpus]["patched"]
-    if value is None or value >= min(v for v in record["families"][corpus].values() if v is not None): return ""
-    return (f" Cut elsewhere ({cuts_text(other)}, chosen by {other['metric']}) and patched with {other['patch']}, "
-            f"it comes to {number(value)}.")
-
-# %% ../nbs/12_report.ipynb #927936f4
+# %% ../nbs/12_report.ipynb #74fce3f4
 def _diagnosis(record):
     "The headline of a run that measured no perplexity."
     sizes = record["figures"]["magnitude"]["raw"]["by_layer"]
@@ -310,7 +283,7 @@ def _diagnosis(record):
             f"{number(sizes[start])} to {number(sizes[stop])}. The tokens do not agree on the ratio: "
             f"its spread is {raw}, and {rotated} after the rotation.")
 
-# %% ../nbs/12_report.ipynb #ec20bdf8
+# %% ../nbs/12_report.ipynb #1753d2ae
 def _opening(record, corpus):
     "What the cut did, and what the patch is."
     m, p, size, cuts = record["model"], record["perplexity"][corpus], record["model"]["hidden"], len(record["cuts"])
@@ -329,13 +302,13 @@ def headline(
         return f"{start}, and with the patch to {patched}. A number is not finite: repeat the run with --dtype float32."
     if story == "no gap":
         return f"{start}: these layers can go at no cost, and there is nothing to mend (with the patch: {patched})."
-    more = _best(record, corpus) + _alternative(record, corpus)
+    more = _best(record, corpus)
     if story == "helps":
         return f"{start}. {matrix} it back to {patched}: {percent(gap_closed(**p))} of the gap is closed, without training.{more}"
     change = "hardly changes that" if story == "little" else "makes it worse"
     return f"{start}. The patch {change}: {patched}. {_because(record)}{more}"
 
-# %% ../nbs/12_report.ipynb #78a7b25b
+# %% ../nbs/12_report.ipynb #ab123eff
 COLORS = dict(dense="#334155", pruned="#c2410c", patched="#0f766e", other="#94a3b8")
 
 def plot_perplexity(
@@ -359,7 +332,7 @@ def plot_perplexity(
     ax.tick_params(axis="y", length=0)
     return fig
 
-# %% ../nbs/12_report.ipynb #15790a28
+# %% ../nbs/12_report.ipynb #de3e9439
 CAPTIONS = dict(
     magnitude="Mean |X| at the input of each layer, channel by channel; the dashed lines are the two sides of the cut. "
               "The suffix learned to read the upper one, and after pruning it is given the lower one.",
@@ -371,7 +344,7 @@ CAPTIONS = dict(
     perplexity="What it comes to, on text that the calibration never saw. The dashed line is the intact model.",
 )
 
-# %% ../nbs/12_report.ipynb #68d77628
+# %% ../nbs/12_report.ipynb #dc3942d1
 def _axes(width=7, height=3): return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 def draw_figures(
@@ -390,7 +363,7 @@ def draw_figures(
     for fig in figures.values(): plt.close(fig) # drawn, but not to be shown by a notebook
     return figures
 
-# %% ../nbs/12_report.ipynb #d4f26f35
+# %% ../nbs/12_report.ipynb #49996bd4
 def figure_numbers(
     stats,     # `Stats` of the teacher
     selection, # the `Selection`
@@ -410,7 +383,7 @@ def figure_numbers(
         ratios=dict(log2_bins=RATIO_BINS, cuts=both),
         scores=selection.record(), perplexity=families))
 
-# %% ../nbs/12_report.ipynb #c82f6735
+# %% ../nbs/12_report.ipynb #2a6416eb
 STYLE = """
 :root { --ink:#1e293b; --soft:#64748b; --line:#e2e8f0; --paper:#ffffff; --ground:#f6f7f9;
   --dense:#334155; --pruned:#c2410c; --patched:#0f766e; --other:#94a3b8; color-scheme: light; }
@@ -437,7 +410,7 @@ p { margin:0 0 14px; } .soft { color:var(--soft); font-size:14px; }
 .many b { font-size:0; }  .many b.patch { font-size:11px; flex-basis:20px; }
 """
 
-# %% ../nbs/12_report.ipynb #0b3fea24
+# %% ../nbs/12_report.ipynb #6250b23e
 STYLE += """
 .scroll { overflow-x:auto; padding:6px 22px; } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:15px; }
 th,td { padding:9px 10px; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; } tr:last-child td { border-bottom:0; }
@@ -449,11 +422,11 @@ figure { margin:0 0 18px; } figure img { width:100%; height:auto; display:block;
 pre { background:#0f172a; color:#e2e8f0; border-radius:10px; padding:14px 18px; overflow-x:auto; font:13.5px/1.55 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace; margin:0 0 14px; }
 .notes { border-left:4px solid #eab308; } footer { margin-top:48px; border-top:1px solid var(--line); padding-top:16px; }
 @media (max-width:640px) { main { padding:28px 16px 48px; } h1 { font-size:21px; } .three { grid-template-columns:1fr; } .card { padding:16px; } .scroll { padding:4px 16px; }
-  .big { font-size:28px; } .layers { gap:2px; } .layers b { font-size:9px; border-radius:3px; } .layers b.patch { flex-basis:16px; } table { font-size:14px; } .wide { display:none; } th,td { padding:8px 5px; } .tag { margin-left:4px; padding:1px 6px; } }
+  .big { font-size:28px; } .layers { gap:2px; } .layers b { font-size:9px; border-radius:3px; } .layers b.patch { flex-basis:16px; } table { font-size:14px; } .wide { display:none; } th { white-space:normal; } th,td { padding:8px 4px; } .tag { display:none; } }
 @media print { body { background:#fff; } .card { break-inside:avoid; } }
 """
 
-# %% ../nbs/12_report.ipynb #4b9999a9
+# %% ../nbs/12_report.ipynb #39425f29
 PAGE_TOP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>linearpatch: {{ title }}</title><style>{{ style }}</style></head><body><main>
@@ -476,14 +449,14 @@ PAGE_TOP = """<!doctype html>
 {% if r.notes %}<div class="card notes">{% for note in r.notes %}<p class="soft" style="margin:0">{{ note }}</p>{% endfor %}</div>{% endif %}
 """
 
-# %% ../nbs/12_report.ipynb #495cfff1
+# %% ../nbs/12_report.ipynb #af6146ca
 PAGE_RESULTS = """{% if rows|length %}<h2>Results</h2>
 <div class="card scroll"><table><thead><tr><th></th><th class="wide">layers</th>{% for c in r.perplexity %}<th>{{ c }}</th><th>gap closed</th><th>KL</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr class="{{ 'saved' if row.saved and row.name != 'pruned' else row.name if row.name == 'pruned' else '' }}"><td>{{ row.name }}{% if row.saved %}<span class="tag">saved</span>{% endif %}</td><td class="wide">{{ row.layers }}</td>
 {% for c, (value, closed, kl) in row.cells.items() %}<td>{{ number(value) }}</td><td>{{ percent(closed) }}</td><td>{{ number(kl, 3) if kl is not none else "" }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="soft" style="margin-top:10px">Perplexity{% for c, e in r.evaluation.items() %}{{ "," if loop.index > 1 else "" }} on {{ c }}: {{ e.windows }} windows of {{ e.seq_len }} tokens ({{ "{:,}".format(e.tokens) }} in all){% endfor %}.
-The gap is what a cut cost{% if r.alternatives %} (rows that begin with [ are another cut, chosen by {{ r.alternatives|map(attribute='metric')|join(', ') }}, and its own gap){% endif %}; KL is the distance from the intact model's predictions, in nats a token. Calibrated on {{ r.calibration.samples }} windows of {{ r.calibration.seq_len }} tokens from {{ r.calibration.source }}, {{ "each beginning with BOS" if r.calibration.bos else "without BOS" }}.</p>{% endif %}
+The gap is what the cut cost; KL is the distance from the intact model's predictions, in nats a token. Calibrated on {{ r.calibration.samples }} windows of {{ r.calibration.seq_len }} tokens from {{ r.calibration.source }}, {{ "each beginning with BOS" if r.calibration.bos else "without BOS" }}.</p>{% endif %}
 """
 PAGE_TEXTS = """{% if r.continuations %}<h2>One beginning, three models</h2>
 {% for c in r.continuations %}<p class="prompt">{{ c.prompt }} ...</p><div class="three">
@@ -503,7 +476,7 @@ tokenizer = AutoTokenizer.from_pretrained("{{ saved }}")</pre>
 </main></body></html>
 """
 
-# %% ../nbs/12_report.ipynb #e97910ba
+# %% ../nbs/12_report.ipynb #a4513d93
 def png_bytes(
     fig,     # a matplotlib figure
     dpi=130, # sharp on a phone's screen, small in a mail
@@ -522,7 +495,7 @@ def _strip(record):
         if cut and layer == cut[1] - 1 and record["patch"] != "none": blocks.append(("patch", "P"))
     return blocks
 
-# %% ../nbs/12_report.ipynb #79f4b76f
+# %% ../nbs/12_report.ipynb #c738775d
 def page(
     record,      # a `Report`
     figures=None,# {name: PNG bytes}
@@ -542,7 +515,7 @@ def page(
         removed=removed.capitalize(), gone=m["layers"] - m["layers_after"], saved=saved, captions=CAPTIONS,
         figures={name: base64.b64encode(data).decode() for name, data in (figures or {}).items()})
 
-# %% ../nbs/12_report.ipynb #35cff0e5
+# %% ../nbs/12_report.ipynb #f798bb66
 def preview(
     html:str,   # a page
     height=620, # of the frame, pixels
@@ -551,7 +524,7 @@ def preview(
     style = f"width:100%;height:{height}px;border:1px solid #e2e8f0;border-radius:8px"
     return Markup(f'<div><iframe srcdoc="{escape(html, quote=True)}" style="{style}"></iframe></div>')
 
-# %% ../nbs/12_report.ipynb #6341b40b
+# %% ../nbs/12_report.ipynb #ba24c0d7
 def save_report(
     report,      # a `Report`, with its `figures`
     folder,      # where to; exists
@@ -570,7 +543,7 @@ def save_report(
     html.write_text(page(record, pngs, saved), encoding="utf-8")
     return html
 
-# %% ../nbs/12_report.ipynb #67012b85
+# %% ../nbs/12_report.ipynb #617fffb3
 def _short_lists(text):
     "Join lists of numbers into one line each, so that a record can be read and compared."
 

@@ -14,7 +14,7 @@ def record():
         patches=[dict(cut=[2, 4], rotation="sylvester(32)", distance=0.5, sigma=3., sigma_rotated=1.)],
         calibration=dict(source="passages", samples=4, seq_len=16, tokens=64, bos=True), evaluation={"passages": dict(windows=3, seq_len=16, tokens=48)},
         perplexity={"passages": perplexity}, families={"passages": dict(none=30., hadamard=20., lstsq=15.)},
-        kl={"passages": dict(none=1., hadamard=.5, lstsq=.4)}, alternatives=[], continuations=[dict(prompt="Once", dense="a", pruned="b", patched="c")],
+        kl={"passages": dict(none=1., hadamard=.5, lstsq=.4)}, continuations=[dict(prompt="Once", dense="a", pruned="b", patched="c")],
         figures={}, versions=dict(linearpatch="0", torch="0", transformers="0", python="0"))
 
 
@@ -90,13 +90,6 @@ def test_table(record):
     assert len(lines) == 2 + 4 and lines[-2].startswith("+ hadamard *") and len({len(l) for l in lines[3:]}) == 1
     assert [r["name"] for r in rows(record)] == ["dense", "pruned", "+ hadamard", "+ lstsq"]
     assert repr(record) == table(record)
-
-
-def test_alternatives(record):
-    record["alternatives"] = [dict(metric="patch-aware", patch="lstsq", cuts=[[0, 2]], perplexity={"passages": dict(pruned=40., patched=13.)}, kl={"passages": dict(pruned=2., patched=.3)})]
-    check_report(record)
-    assert table(record).splitlines()[-1].split() == ["[0,", "2)", "+", "lstsq", "4", "13.00", "90", "%", "0.300"]
-    assert "chosen by patch-aware) and patched with lstsq, it comes to 13.00" in headline(record) and "another cut" in page(record)
 
 
 def test_cuts_text(): assert cuts_text(dict(cuts=[[0, 2], [4, 5]])) == "layers 0 to 1, 4"
