@@ -7,7 +7,7 @@ Builds a random Llama of the given shape, then, in one run and by turns, times a
 layer and every candidate cut). Prints the median ratio of the times and, from one child process each, the difference of
 the peak memories in units of one hidden state (seq_len x hidden float32 numbers).
 """
-import argparse, multiprocessing, statistics, time
+import argparse, multiprocessing, os, statistics, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from linearpatch.calibration import Windows
@@ -59,6 +59,7 @@ def main():
         ratios.append(2 * times[1] / (times[0] + times[2]))
     print(f"hidden {a.hidden}, {a.layers} layers, {a.remove} removed, {a.windows} windows of {a.seq_len}, {torch.get_num_threads()} threads")
     print(f"time: collect / plain forward = {statistics.median(ratios):.2f} (median of {a.repeats}, {min(ratios):.2f} to {max(ratios):.2f})")
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")  # freed memory goes back at once, so that the peak is of live memory
     context, peaks = multiprocessing.get_context("spawn"), {}
     for work in (plain, gather):
         queue = context.Queue()
