@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'RemoveOpt',
            'CutOpt', 'MetricOpt', 'PatchOpt', 'CompareOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt',
-           'PromptOpt', 'BosOpt', 'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'Job', 'check_words',
-           'model_name', 'check_job', 'make_texts', 'diagnose_model', 'measure', 'continuation', 'run_job',
-           'command_line', 'run', 'diagnose', 'demo_settings', 'demo', 'tell', 'main']
+           'PromptOpt', 'BosOpt', 'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt',
+           'ModeOpt', 'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'ResumeOpt',
+           'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'Job', 'check_words', 'work_folder', 'model_name',
+           'check_job', 'check_cache', 'make_texts', 'make_lessons', 'diagnose_model', 'measure', 'continuation',
+           'train_patch', 'run_job', 'student_folder', 'distill_job', 'check_student', 'command_line', 'run',
+           'diagnose', 'distill', 'demo_settings', 'demo', 'tell', 'main']
 
-# %% ../nbs/13_cli.ipynb #9989ec2d
+# %% ../nbs/13_cli.ipynb #07d03a27
 import contextlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/13_cli.ipynb #8655b481
+# %% ../nbs/13_cli.ipynb #fb4e901a
 @dataclass
 class Job:
     "Everything that a run has to decide; the defaults are the paper's (arXiv 2505.24680, section 4)."
@@ -40,6 +45,14 @@ class Job:
     batch_size: int = 1          # windows at once
     eval: tuple = ("wikitext2",) # corpora or files to measure perplexity on
     prompts: tuple = ()          # beginnings to be continued by dense, pruned and patched
+    distill: Optional[str] = None # train the patch: "offline", "online" or not at all
+    distill_samples: int = 5000  # windows of the calibration text to train on
+    distill_batch_size: int = 1  # of them in a step
+    top_k: int = 100             # offline: tokens of the teacher kept for each prediction
+    lr: float = 1e-4             # peak learning rate
+    epochs: int = 1              # passes over the windows
+    learn: str = "full"          # what of the patch learns: "full", "diagonal" or "low-rank"
+    resume: bool = False         # go on with a distillation that was interrupted
     bos: bool = True             # does every window begin with BOS?
     dtype: str = "auto"          # number format to load the model in
     device_map: Optional[str] = None # where its layers go; None: the CPU
@@ -64,7 +77,7 @@ def _check_source(what, source, extra=()):
     if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor {known}")
     if not path.stat().st_size: raise ValueError(f"{what} {source} is an empty file (0 tokens): give a text")
 
-# %% ../nbs/13_cli.ipynb #b744ae71
+# %% ../nbs/13_cli.ipynb #a7abb0c5
 def check_words(
     job:Job, # the request
 ):
@@ -72,7 +85,7 @@ def check_words(
     from linearpatch.fusion import FAMILIES
     from linearpatch.pruning import check_output
     from linearpatch.selection import METRICS
-    for name, least in (("remove", 1), ("samples", 1), ("seq_len", 2), ("batch_size", 1)):
+    for name, least in (("remove", 1), ("samples", 1), ("seq_len", 2), ("batch_size", 1), ("distill_samples", 2), ("top_k", 2)):
         value, option = getattr(job, name), "--" + name.replace("_", "-")
         if value is not None and value < least: raise ValueError(f"{option} is {value}: give at least {least}")
     if job.remove is None and not job.cuts:
@@ -83,6 +96,27 @@ def check_words(
     _check_source("--calibration", job.calibration, ("self",))
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
+    _check_training(job)
+
+def _check_training(job):
+    "ValueError for what is wrong about a distillation."
+    from linearpatch.distillation import Training
+    if job.resume and (not job.distill or job.out is None): raise ValueError("--resume goes on with a distillation: give --distill and --out as before")
+    if not job.distill: return
+    _one_of("distillation", job.distill, ("offline", "online"))
+    Training(**_training(job))
+    if job.patch == "none": raise ValueError("--distill trains a patch, and --patch is none: choose another, such as hadamard")
+    if job.out is not None and work_folder(job.out).exists() and not job.resume:
+        raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete it")
+
+def _training(job):
+    return dict(lr=job.lr, epochs=job.epochs, batch_size=job.distill_batch_size, learn=job.learn, seed=job.seed)
+
+def work_folder(
+    out, # the folder that a run writes
+) -> Path:
+    "Where a distillation keeps the teacher's predictions and its own state until it is done: `OUT.distill`."
+    return Path(out).expanduser().with_name(Path(out).name + ".distill")
 
 # %% ../nbs/13_cli.ipynb #47539421
 def model_name(
@@ -113,7 +147,7 @@ def _config(job):
         raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none "
                          "(check the spelling, the network and your access)") from e
 
-# %% ../nbs/13_cli.ipynb #659ceef2
+# %% ../nbs/13_cli.ipynb #257a342c
 def check_job(
     job:Job,  # the request
 ) -> list:    # the given cuts, checked and merged (empty: the metric will choose)
@@ -132,9 +166,20 @@ def check_job(
     if longest and job.seq_len > longest:
         raise ValueError(f"windows of {job.seq_len} tokens are longer than the {longest} positions of the model: "
                          f"give --seq-len {longest} or less")
+    if job.distill == "offline": check_cache(job, text_config(config).vocab_size)
     return cuts
 
-# %% ../nbs/13_cli.ipynb #dda65c4e
+def check_cache(
+    job:Job,        # the request
+    vocab_size:int, # V
+):
+    "ValueError where the teacher's predictions would not fit on the disk, or K is more than there are tokens."
+    from linearpatch.distillation import bytes_per_token, check_room
+    if job.top_k > vocab_size: raise ValueError(f"--top-k is {job.top_k}: the vocabulary has {vocab_size} tokens")
+    place = Path(tempfile.gettempdir()) if job.out is None else work_folder(job.out).absolute()
+    if not job.resume: check_room(place, job.distill_samples * job.seq_len * bytes_per_token(vocab_size, job.top_k))
+
+# %% ../nbs/13_cli.ipynb #5d7329d1
 def _tokenizer(job):
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(_location(job), trust_remote_code=job.trust_remote_code)
@@ -156,6 +201,17 @@ def make_texts(
         name = source if source in _SOURCES else Path(source).name
         corpora[name] = load_windows(source, tokenizer, split="heldout", samples=None, **common)
     return calibration, corpora
+
+def make_lessons(
+    job:Job,    # the request
+    tokenizer,  # of the model
+    model=None, # the intact model, for windows that it writes itself
+):              # `Windows`, or None where they have to wait for the model
+    "The windows to distil on; ValueError for a text that is too short."
+    from linearpatch.calibration import load_windows, sample_windows
+    common = dict(seq_len=job.seq_len, samples=job.distill_samples, seed=job.seed)
+    if job.calibration != "self": return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, **common)
+    return None if model is None else sample_windows(model, tokenizer, batch_size=8, **common)
 
 # %% ../nbs/13_cli.ipynb #52414d20
 def diagnose_model(
@@ -194,17 +250,17 @@ def _stage(job, what):
 
 def _one_line(error): return " ".join(str(error).split())
 
-# %% ../nbs/13_cli.ipynb #ced3e8c0
+# %% ../nbs/13_cli.ipynb #b9137323
 KL_TOKENS = 65536
 
 def _student_numbers(job, model, student, windows):
     "Perplexity of a student and KL to its teacher; NaN where the student overflows, though the teacher did not."
-    from linearpatch.evaluation import kl_divergence, perplexity
+    from linearpatch.evaluation import NotFiniteError, kl_divergence, perplexity
     few = windows[:max(1, KL_TOKENS // job.seq_len)]
     try: return perplexity(student, windows, job.batch_size, job.progress), kl_divergence(model, student, few, job.batch_size)
-    except ValueError: return math.nan, math.nan
+    except NotFiniteError: return math.nan, math.nan
 
-# %% ../nbs/13_cli.ipynb #7b8f07bd
+# %% ../nbs/13_cli.ipynb #7ec19205
 def measure(
     job:Job,    # the request
     model,      # the intact model
@@ -215,15 +271,16 @@ def measure(
     "Perplexity of the teacher and of each student, KL to the teacher, and how each goes on with the prompts."
     from linearpatch.evaluation import perplexity
     families, kl, ppl = {}, {}, {}
+    kinds = dict(pruned="none", patched=job.patch) | ({"distilled": "distilled"} if "distilled" in students else {})
     for c, windows in corpora.items():
         with _stage(job, f"perplexity on {c}: intact model"):
             dense, families[c], kl[c] = perplexity(model, windows, job.batch_size, job.progress), {}, {}
         for family, student in students.items():
             with _stage(job, f"perplexity on {c}: {'pruned' if family == 'none' else family}"):
                 families[c][family], kl[c][family] = _student_numbers(job, model, student, windows)
-        ppl[c] = dict(dense=dense, pruned=families[c]["none"], patched=families[c][job.patch])
-    three = dict(dense=model, pruned=students["none"], patched=students[job.patch])
-    def goes_on(prompt): return {k: continuation(m, tokenizer, prompt, bos=job.bos, seed=job.seed) for k, m in three.items()}
+        ppl[c] = {"dense": dense} | {kind: families[c][family] for kind, family in kinds.items()}
+    several = {"dense": model} | {kind: students[family] for kind, family in kinds.items()}
+    def goes_on(prompt): return {k: continuation(m, tokenizer, prompt, bos=job.bos, seed=job.seed) for k, m in several.items()}
     with _stage(job, "continuations"): texts = [dict(prompt=p, **goes_on(p)) for p in job.prompts]
     return dict(perplexity=ppl, families=families, kl=kl, continuations=texts)
 
@@ -261,6 +318,39 @@ def _students(job, model, stats, selection):
         if family == job.patch: saved = patches or []
     return students, saved
 
+# %% ../nbs/13_cli.ipynb #c23ab04b
+@contextlib.contextmanager
+def _work_folder(job):
+    "`OUT.distill`, gone when the block ends well; a temporary folder where nothing is written; None without distillation."
+    if not job.distill: yield None
+    elif job.out is None:
+        with tempfile.TemporaryDirectory() as folder: yield Path(folder)
+    else:
+        folder = work_folder(job.out)
+        try: yield folder
+        except KeyboardInterrupt:
+            left = f"what was done is in {folder}: repeat the command with --resume" if folder.exists() else "nothing was written"
+            raise KeyboardInterrupt(left) from None
+        shutil.rmtree(folder, ignore_errors=True)
+
+def train_patch(
+    job:Job,    # the request
+    student,    # patched, over the teacher's own weights; trained in place
+    model,      # the intact model; None where `cache` is given
+    windows,    # to learn from
+    work,       # folder for the state, and the teacher's predictions
+    cache=None, # a finished `TopKCache`
+) -> dict:      # the `distillation` part of the record
+    "Distil a student as the request says."
+    from linearpatch.distillation import cache_teacher, distill
+    with _stage(job, f"distillation, {job.distill}, on {len(windows)} windows"):
+        if job.distill == "offline" and cache is None:
+            cache = cache_teacher(model, windows, work / "cache", job.top_k, batch_size=job.batch_size, seed=job.seed, progress=job.progress)
+        keep = {} if job.out is None else dict(checkpoint=work, resume=True)
+        source = dict(source=cache) if cache is not None else dict(source=windows, teacher=model)
+        out = distill(student, **source, **keep, progress=job.progress, **_training(job))
+    return asdict(out) | dict(source=job.calibration, tokens=out.tokens, top_k=cache and job.top_k, cache_bytes=cache and cache.size)
+
 # %% ../nbs/13_cli.ipynb #3f8cf7f7
 def _notes(job, stats):
     "What a reader should know about this run."
@@ -276,9 +366,9 @@ def _notes(job, stats):
                      "take more samples.")
     return notes
 
-# %% ../nbs/13_cli.ipynb #9aee7644
-def _record(job, command, model, stats, selection, windows, corpora, saved, measured):
-    "Put the record together."
+# %% ../nbs/13_cli.ipynb #81243cbc
+def _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more):
+    "Put the record together; `more` is `distillation`, if there was one."
     from linearpatch.report import Report, describe_model, draw_figures, figure_numbers, scale_record, versions, windows_record
     report = Report(
         schema=1, command=command, model=describe_model(model, model_name(job), selection.cuts, len(saved)),
@@ -288,11 +378,11 @@ def _record(job, command, model, stats, selection, windows, corpora, saved, meas
                          tokens=int(windows.n_tokens), bos=job.bos),
         evaluation={c: windows_record(w) for c, w in corpora.items()}, **measured,
         figures=figure_numbers(stats, selection, measured["families"]), notes=_notes(job, stats),
-        seed=job.seed, versions=versions())
+        seed=job.seed, versions=versions(), **more)
     report.figures = draw_figures(report, stats, selection)
     return report
 
-# %% ../nbs/13_cli.ipynb #a27774ba
+# %% ../nbs/13_cli.ipynb #bd9699f6
 def _load(job, tokenizer):
     "The model of a request (if it is not one already) and its tokenizer."
     from linearpatch.models import load_model, load_playground
@@ -318,12 +408,14 @@ def run_job(
     if isinstance(model, (str, Path)): tokenizer = tokenizer or _tokenizer(job)
     elif tokenizer is None: raise ValueError("a loaded model needs its tokenizer: run_job(model, tokenizer, ...)")
     windows, corpora = make_texts(job if evaluate else replace(job, eval=()), tokenizer)
+    lessons = make_lessons(job, tokenizer) if job.distill else None
     model, tokenizer = _load(job, tokenizer)
     if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=8)
+    if job.distill and lessons is None: lessons = make_lessons(job, tokenizer, model)
     command = command or command_line(job, "run" if evaluate else "diagnose")
-    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate)
+    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons)
 
-# %% ../nbs/13_cli.ipynb #4966545d
+# %% ../nbs/13_cli.ipynb #97f85a41
 @contextlib.contextmanager
 def _no_bar():
     "Without the progress bars of Transformers."
@@ -334,29 +426,136 @@ def _no_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
-def _work(job, model, tokenizer, given, windows, corpora, command, evaluate):
+def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
-    from linearpatch.pruning import output_folder, save_student
+    from linearpatch.pruning import output_folder, prune, save_student
     from linearpatch.report import save_report
-    families = (job.patch, *job.families) if evaluate else ()
-    with contextlib.nullcontext() if job.out is None else output_folder(job.out) as folder:
+    families, best, more = (job.patch, *job.families) if evaluate else (), "distilled" if job.distill else job.patch, {}
+    with _work_folder(job) as work, contextlib.nullcontext() if job.out is None else output_folder(job.out) as folder:
         stats, selection = diagnose_model(job, model, windows, given, families)
         saved, measured = [], dict(perplexity={}, families={}, kl={}, continuations=[])
         if evaluate:
             students, saved = _students(job, model, stats, selection)
+            if job.distill:
+                students["distilled"] = prune(model, selection.cuts, saved, share=True)
+                more["distillation"] = train_patch(job, students["distilled"], model, lessons, work)
             measured = measure(job, model, tokenizer, corpora, students)
-        report = _record(job, command, model, stats, selection, windows, corpora, saved, measured)
+        report = _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more)
         if folder is not None:
             with _stage(job, "figures and page"): save_report(report, folder, saved=f"{job.out}/model" if evaluate else None)
             if evaluate:
-                with _stage(job, "student"), _no_bar(): save_student(students[job.patch], folder / "model", tokenizer)
+                with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer)
     return report
 
-# %% ../nbs/13_cli.ipynb #132cdff7
+# %% ../nbs/13_cli.ipynb #813ae423
+def student_folder(
+    folder, # what `run` wrote, or the model/ in it
+) -> tuple: # (folder of the student, its config)
+    "ValueError where there is no patched student."
+    from transformers import AutoConfig
+    from linearpatch.models import check_folder
+    path = Path(folder).expanduser()
+    if not path.is_dir(): raise ValueError(f"there is no folder {folder}: give what `linearpatch run` wrote")
+    if (path / "model" / "config.json").is_file(): path = path / "model"
+    config = AutoConfig.from_pretrained(check_folder(str(path)))
+    if not (getattr(config, "linearpatch", None) or {}).get("patches"):
+        raise ValueError(f"{folder} holds no patched student: linearpatch run MODEL --remove N --out DIR makes one")
+    return path, config
+
+def _over_teacher(folder, teacher):
+    "The student of a folder again, over the teacher's own weights; ValueError where the teacher is another model."
+    import torch
+    from linearpatch.fusion import Patch
+    from linearpatch.models import Cut, fingerprint, hidden_size
+    from linearpatch.pruning import load_student, patch_modules, prune
+    with _no_bar(): student = load_student(folder)
+    record = student.config.linearpatch
+    if record.get("teacher", {}).get("fingerprint") not in (None, fingerprint(teacher)):
+        raise ValueError(f"{folder} was made from another model ({record['teacher']['name']}): give that one with --teacher")
+    modules = dict(zip([tuple(p["cut"]) for p in record["patches"]], zip(patch_modules(student), record["patches"])))
+    def patch(cut):
+        if cut not in modules: return Patch(torch.eye(hidden_size(student)), "none", Cut(*cut))
+        return Patch(modules[cut][0].weight.detach().T.double(), modules[cut][1]["family"], Cut(*cut))
+    dtype = patch_modules(student)[0].weight.dtype
+    return prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype=dtype)
+
+# %% ../nbs/13_cli.ipynb #e23267cf
+def _load_teacher(job):
+    with _stage(job, f"loading {model_name(job)}"), _no_bar(): return _load(replace(job, progress=False), None)[0]
+
+def _train_saved(job, path, lessons, work, cache):
+    "The student of a folder, and a function that trains it: the teacher is loaded only where it is needed."
+    from linearpatch.distillation import cache_teacher, find_cache
+    from linearpatch.pruning import load_student
+    if job.distill == "online":
+        teacher = _load_teacher(job)
+        student = _over_teacher(path, teacher)
+        return student, lambda: train_patch(job, student, teacher, lessons, work)
+    with _no_bar(): student, place = load_student(path), cache or work / "cache"
+    ready = find_cache(place, student, lessons, job.top_k)
+    if ready is None:
+        ready = cache_teacher(_load_teacher(job), lessons, place, job.top_k, batch_size=job.batch_size, seed=job.seed, progress=job.progress)
+    return student, lambda: train_patch(job, student, None, lessons, work, ready)
+
+# %% ../nbs/13_cli.ipynb #faac9bc7
+def distill_job(
+    folder,         # what `run` wrote, or the model/ in it
+    out,            # folder to write: model/, distillation.json and figures/
+    teacher=None,   # folder or Hub name of the intact model; None: the one that the student names
+    cache=None,     # folder of the teacher's predictions, kept; None: a temporary one
+    **settings,     # fields of `Job`: distill, distill_samples, calibration, seq_len, eval, lr, ...
+) -> dict:          # the `distillation` part of a report, with `perplexity` = {corpus: {patched, distilled}}
+    "Distil a student that was saved earlier; ValueError for bad input, before anything is computed or written."
+    from transformers import AutoTokenizer
+    path, config = student_folder(folder)
+    record = config.linearpatch
+    name = teacher or record.get("teacher", {}).get("name")
+    if not name: raise ValueError(f"{folder} does not say which model it was made from: name it with --teacher")
+    job = Job(name, **dict(distill="offline") | settings, out=out, cuts=tuple(f"{a}:{b}" for a, b in record["cuts"]))
+    check_words(job)
+    check_student(job, config, cache)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    lessons = make_lessons(job, tokenizer) or make_lessons(job, tokenizer, _load_teacher(job))
+    corpora = make_texts(replace(job, calibration="self"), tokenizer)[1]
+    return _distill_saved(job, path, tokenizer, lessons, corpora, cache)
+
+def check_student(
+    job:Job, # the request
+    config,  # of the student
+    cache,   # folder of the teacher's predictions, or None
+):
+    "ValueError where windows are too long, or the predictions would not fit on the disk."
+    from linearpatch.models import text_config
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    if longest and job.seq_len > longest: raise ValueError(f"--seq-len is {job.seq_len}, the model has {longest} positions: give less")
+    if job.distill == "offline" and not (cache and Path(cache).expanduser().exists()): check_cache(job, text_config(config).vocab_size)
+
+# %% ../nbs/13_cli.ipynb #b279ec22
+def _distill_saved(job, path, tokenizer, lessons, corpora, cache):
+    "Train, measure and write; all or nothing."
+    import json
+    from linearpatch.distillation import plot_history
+    from linearpatch.evaluation import perplexity
+    from linearpatch.pruning import output_folder, save_student
+    from linearpatch.report import plain, png_bytes
+    def measured(student):
+        with _stage(job, "perplexity"): return {c: perplexity(student, w, job.batch_size, job.progress) for c, w in corpora.items()}
+    with _work_folder(job) as work, output_folder(job.out) as folder:
+        student, train = _train_saved(job, path, lessons, work, cache)
+        before, result, after = measured(student), train(), measured(student)
+        result["perplexity"] = {c: dict(patched=before[c], distilled=after[c]) for c in corpora}
+        (folder / "figures").mkdir()
+        (folder / "figures" / "distillation.png").write_bytes(png_bytes(plot_history(result["history"]).figure))
+        (folder / "distillation.json").write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
+        with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer)
+    return result
+
+# %% ../nbs/13_cli.ipynb #902ca447
 _options = dict(
     remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
     seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype",
-    device_map="--device-map", seed="--seed")
+    device_map="--device-map", seed="--seed", distill="--distill", distill_samples="--distill-samples",
+    distill_batch_size="--distill-batch-size", top_k="--top-k", lr="--lr", epochs="--epochs", learn="--learn")
 
 def _as_words(option, value):
     values = value if isinstance(value, (tuple, list)) else [value]
@@ -415,13 +614,29 @@ DeviceOpt = _option(Optional[str], "--device-map", "Where the layers go: auto, c
 SeedOpt = _option(int, "--seed", "The one seed, of everything random.", MACHINE)
 TrustOpt = _option(bool, "--trust-remote-code", "Run the code that comes with the model. Only for models you trust.", MACHINE)
 
-# %% ../nbs/13_cli.ipynb #aca85960
+# %% ../nbs/13_cli.ipynb #58304665
+TRAIN = "Training the patch"
+DistillOpt = _option(Optional[str], "--distill", "Train the patch, and nothing else, to predict what the intact model predicts. offline: from its "
+    "likeliest tokens, stored on disk first. online: from the model itself, which shares its layers with the student.", TRAIN)
+ModeOpt = _option(str, "--distill", "offline (from stored predictions) or online (from the intact model itself).", TRAIN)
+DistillSamplesOpt = _option(int, "--distill-samples", "Windows of the calibration text to train on.", TRAIN)
+DistillBatchOpt = _option(int, "--distill-batch-size", "Windows in a step.", TRAIN)
+TopKOpt = _option(int, "--top-k", "offline: how many tokens of the intact model to keep for each prediction.", TRAIN)
+LrOpt = _option(float, "--lr", "Peak learning rate; it decays along a cosine.", TRAIN)
+EpochsOpt = _option(int, "--epochs", "Passes over the windows.", TRAIN)
+LearnOpt = _option(str, "--learn", "What of the patch learns: full, diagonal (in the rotated space) or low-rank (around the start).", TRAIN)
+ResumeOpt = _option(bool, "--resume", "Go on with the distillation that the same command began, from OUT.distill.", TRAIN)
+
+# %% ../nbs/13_cli.ipynb #1cd343fd
 @app.command(epilog="Example: linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9")
 def run(
     model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None,
     metric:MetricOpt="cosine", patch:PatchOpt="hadamard", compare:CompareOpt=False,
     calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"],
-    prompt:PromptOpt=None, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    prompt:PromptOpt=None, bos:BosOpt=True,
+    distill:DistillOpt=None, distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100,
+    lr:LrOpt=1e-4, epochs:EpochsOpt=1, learn:LearnOpt="full", resume:ResumeOpt=False,
+    batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
     """Remove layers from any causal language model, patch the seam, measure, and save the student.
@@ -432,8 +647,9 @@ def run(
     report = run_job(
         model, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (),
         calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or DEMO_PROMPTS),
-        bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed,
-        trust_remote_code=trust_remote_code, progress=True)
+        bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, distill=distill,
+        distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn,
+        resume=resume, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
 # %% ../nbs/13_cli.ipynb #749f550d
@@ -454,7 +670,34 @@ def diagnose(
         device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #35d8633a
+# %% ../nbs/13_cli.ipynb #1c794cf2
+FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
+NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
+TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
+CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
+    "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
+
+@app.command(epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")
+def distill(
+    folder:FolderArg, out:NewOpt, teacher:TeacherOpt=None, mode:ModeOpt="offline", distill_samples:DistillSamplesOpt=5000,
+    distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, cache:CacheOpt=None, lr:LrOpt=1e-4, epochs:EpochsOpt=1,
+    learn:LearnOpt="full", resume:ResumeOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
+    eval:EvalOpt=["wikitext2"], bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Train the patch of a student that was saved earlier, and nothing else.
+
+    Its teacher's predictions are the lesson. A run that was interrupted goes on with --resume."""
+    result = distill_job(
+        folder, out, teacher, cache, distill=mode, distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k,
+        lr=lr, epochs=epochs, learn=learn, resume=resume, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
+        batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
+    for c, p in result["perplexity"].items(): print(f"perplexity on {c}: {p['patched']:.2f} -> {p['distilled']:.2f}")
+    print(f"KL on {result['heldout']} windows set aside: {result['history'][0]['heldout']:.4f} -> "
+          f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
+    print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
+
+# %% ../nbs/13_cli.ipynb #a7c4ddf9
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
@@ -463,7 +706,8 @@ def demo_settings(
     from linearpatch.fusion import FAMILIES
     from linearpatch.models import PLAYGROUND_REMOVE, PLAYGROUND_SEQ_LEN
     return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES,
-                calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed)
+                calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed,
+                distill="online", distill_samples=184, distill_batch_size=4, lr=1e-2, epochs=2)
 
 # %% ../nbs/13_cli.ipynb #f1663194
 @app.command(epilog="Example: linearpatch demo --out demo")
@@ -492,7 +736,7 @@ def _tell_diagnosis(report):
     where = "largest |x|: {value:.4g} in X^({layer}), token {position} of a window, channel {channel}"
     print((where.format(**massive[0]) if massive else "") + "\n")
 
-# %% ../nbs/13_cli.ipynb #86c0124f
+# %% ../nbs/13_cli.ipynb #4581e100
 def _tell_results(report, out):
     "The table, what its signs mean, and the three continuations."
     import textwrap
@@ -502,8 +746,8 @@ def _tell_results(report, out):
     print(f"{table(report)}\n* saved in {out}/model; removed: {removed}, {chosen}\n")
     for c in report["continuations"]:
         print(f"{c['prompt']} ...")
-        for key in ("dense", "pruned", "patched"):
-            print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:8}", subsequent_indent=" " * 10))
+        for key in [k for k in ("dense", "pruned", "patched", "distilled") if k in c]:
+            print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:10}", subsequent_indent=" " * 12))
         print()
 
 # %% ../nbs/13_cli.ipynb #6a677031
@@ -549,7 +793,7 @@ def _quiet():
 
 def _terminated(*_): raise SystemExit(143)
 
-# %% ../nbs/13_cli.ipynb #72740289
+# %% ../nbs/13_cli.ipynb #0429117b
 def main(
     args=None, # words of the command line; None: those of the process
 ):
@@ -557,8 +801,8 @@ def main(
     _quiet()
     before, code = signal.signal(signal.SIGTERM, _terminated), 0
     try: code = app(args=args, prog_name="linearpatch", standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted: nothing was written", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort) as e:
+        print(f"\ninterrupted: {e or e.__cause__ or e.__context__ or 'nothing was written'}", file=sys.stderr)
         code = 130
     except Exception as error:
         line = _refusal(error)

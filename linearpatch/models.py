@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PLAYGROUND_SEQ_LEN', 'PLAYGROUND_REMOVE', 'playground_path', 'Cut', 'candidates', 'runs', 'check_cuts', 'text_config',
            'check_decoder', 'layers_name', 'decoder_layers', 'n_layers', 'hidden_size', 'input_device', 'prune_config',
-           'remove_layers', 'check_folder', 'load_model', 'load_playground', 'seed_everything']
+           'remove_layers', 'check_folder', 'load_model', 'load_playground', 'fingerprint', 'seed_everything']
 
-# %% ../nbs/00_models.ipynb #a585382f
-import copy, operator, random, re
+# %% ../nbs/00_models.ipynb #2cb80c70
+import copy, hashlib, operator, random, re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers import PreTrainedModel, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging
+from accelerate.utils import align_module_device
 
 # %% ../nbs/00_models.ipynb #23fca51d
 PLAYGROUND_SEQ_LEN = 128  # tokens a window: the length that the playground was trained on
@@ -365,14 +367,31 @@ def load_model(
     layers_name(model)
     return model.eval(), tokenizer
 
-# %% ../nbs/00_models.ipynb #ec4f77b8
+# %% ../nbs/00_models.ipynb #23a1fade
 def load_playground() -> tuple: # (model, tokenizer), float32 on the CPU
     "The small Llama that comes with the package."
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try: return load_model(playground_path(), dtype=torch.float32)
+    try: model, tokenizer = load_model(playground_path(), dtype=torch.float32)
     finally:
         if bars: logging.enable_progress_bar()
+    model.config._name_or_path = "playground" # not the path, which is another one on each machine
+    return model, tokenizer
+
+# %% ../nbs/00_models.ipynb #9fde95b7
+def fingerprint(
+    model,      # any model, wherever its weights lie
+    numbers=64, # looked at in each weight
+) -> str:       # 16 hexadecimal digits
+    "Tells models apart by their weights (SHA-256), the same for a load in float32 and in bfloat16."
+    found = hashlib.sha256()
+    for path, module in sorted(model.named_modules()):
+        away = any(p.device.type == "meta" for p in module.parameters(recurse=False)) # kept elsewhere by accelerate
+        with align_module_device(module, "cpu") if away else nullcontext():
+            for key, p in sorted(module.named_parameters(recurse=False)):
+                few = p.detach().flatten()[:: max(1, p.numel() // numbers)].to("cpu", torch.bfloat16)
+                found.update(f"{path}.{key} {tuple(p.shape)} ".encode() + few.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 # %% ../nbs/00_models.ipynb #449fd07a
 def seed_everything(

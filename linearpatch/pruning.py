@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NAMES', 'interfaces', 'prune', 'patch_modules', 'check_output', 'output_folder', 'save_student', 'load_student']
 
-# %% ../nbs/07_pruning.ipynb #7d974c45
+# %% ../nbs/07_pruning.ipynb #d9258ec9
 import contextlib, os, shutil, tempfile
 from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from .models import Cut, check_cuts, check_folder, decoder_layers, hidden_size, input_device
+from .models import Cut, check_cuts, check_folder, decoder_layers, fingerprint, hidden_size, input_device
 from .models import n_layers, remove_layers
 
 # %% ../nbs/07_pruning.ipynb #7ef85ed8
@@ -83,7 +83,7 @@ def _place(model, layer):
     runs_on = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return (devices[0] if devices else torch.device(runs_on or input_device(model))), dtype
 
-# %% ../nbs/07_pruning.ipynb #0ab62aa0
+# %% ../nbs/07_pruning.ipynb #7d128f0e
 def prune(
     model:PreTrainedModel, # the teacher
     cuts,                  # a Cut or several: what `check_cuts` takes
@@ -102,8 +102,9 @@ def prune(
     cuts = check_cuts(cuts, n)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     patches = _match(patches, cuts, hidden, dtype or model.dtype)
+    record = {"version": 1, "n_layers": n, "cuts": [[c.start, c.stop] for c in cuts], "patches": [],
+              "teacher": {"name": str(getattr(model.config, "_name_or_path", "")), "fingerprint": fingerprint(model)}}
     student = remove_layers(model, cuts, inplace=inplace, share=share)
-    record = {"version": 1, "n_layers": n, "cuts": [[c.start, c.stop] for c in cuts], "patches": []}
     for c, p, (i, side) in zip(cuts, patches, interfaces(cuts, n)):
         if p is None or p.family == "none": continue
         layer = decoder_layers(student)[i]

@@ -221,18 +221,18 @@ def by_random(
     order = random.Random(seed).sample(range(n_layers), n_remove)
     return Selection(runs(order), "random", info=dict(order=order, seed=seed))
 
-# %% ../nbs/06_selection.ipynb #a08856fb
+# %% ../nbs/06_selection.ipynb #1a2ffbd5
 class Suffix:
     "Layers [stop, L) of a model with its norm and head, fed with hidden states instead of tokens."
     def __init__(self,
         model, # causal LM; its weights are shared, it is not changed
-        stop:int, # first layer of the suffix, 1 to L; for L only norm and head are left
+        stop:int, # first layer of the suffix, 0 to L; for L only norm and head are left
     ):
         first = min(stop, n_layers(model) - 1)  # a model has at least one layer
-        self.model, self.state = remove_layers(model, [Cut(0, first)], share=True), None
+        self.model, self.state = remove_layers(model, [Cut(0, first)] if first else [], share=True), None
         layer = decoder_layers(self.model)[0]
-        if first == stop: layer.register_forward_pre_hook(self._enter, with_kwargs=True)
-        else: layer.register_forward_hook(self._leave)
+        if first == stop: layer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)  # a patch comes after it
+        else: layer.register_forward_hook(self._leave, prepend=True)
 
     def _enter(self, layer, args, kwargs):
         if args: return (self.state.to(args[0].device), *args[1:]), kwargs
@@ -241,7 +241,6 @@ class Suffix:
     def _leave(self, layer, args, output):
         return (self.state, *output[1:]) if isinstance(output, tuple) else self.state
 
-    @torch.no_grad()
     def __call__(self,
         state:Tensor, # hidden states for layer `stop`, (B, T, C)
         ids:Tensor, # the window's token ids, (B, T): only for positions and mask
