@@ -11,11 +11,11 @@ import importlib
 # %% ../nbs/reference.ipynb #72247c81
 __version__ = "0.1.0"
 
-# %% ../nbs/reference.ipynb #2c44e1dd
+# %% ../nbs/reference.ipynb #757e90e2
 _names = {
     "models": (
         "load_model load_playground playground_path Cut candidates runs check_cuts decoder_layers "
-        "n_layers hidden_size text_config input_device remove_layers seed_everything "
+        "n_layers hidden_size text_config input_device remove_layers fingerprint seed_everything "
         "PLAYGROUND_REMOVE PLAYGROUND_SEQ_LEN"),
     "calibration": "Windows load_windows load_text make_windows sample_windows",
     "mismatch": "Stats collect",
@@ -24,9 +24,10 @@ _names = {
     "fusion": "Patch FAMILIES NEEDS_MOMENTS fit_patch fuse",
     "selection": "Selection METRICS select",
     "pruning": "prune patch_modules save_student load_student output_folder",
+    "distillation": "distill Training Distilled DistillationError TopKCache cache_teacher",
     "evaluation": "perplexity kl_divergence evaluate",
     "report": "Report save_report",
-    "cli": "run_job",
+    "cli": "run_job distill_job",
 }
 
 # %% ../nbs/reference.ipynb #50001c43

@@ -6,11 +6,12 @@
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'RemoveOpt',
            'CutOpt', 'MetricOpt', 'PatchOpt', 'CompareOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt',
            'PromptOpt', 'BosOpt', 'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt',
-           'ModeOpt', 'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'ResumeOpt',
-           'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'Job', 'check_words', 'work_folder', 'model_name',
-           'check_job', 'check_cache', 'make_texts', 'make_lessons', 'diagnose_model', 'measure', 'continuation',
-           'train_patch', 'run_job', 'student_folder', 'distill_job', 'check_student', 'command_line', 'run',
-           'diagnose', 'distill', 'demo_settings', 'demo', 'tell', 'main']
+           'ModeOpt', 'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt',
+           'AccumulateOpt', 'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt',
+           'CacheOpt', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache', 'make_texts',
+           'make_lessons', 'diagnose_model', 'measure', 'continuation', 'train_patch', 'run_job', 'student_folder',
+           'distill_job', 'check_student', 'command_line', 'run', 'diagnose', 'distill', 'demo_settings', 'demo',
+           'tell', 'main']
 
 # %% ../nbs/13_cli.ipynb #07d03a27
 import contextlib
@@ -28,7 +29,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/13_cli.ipynb #fb4e901a
+# %% ../nbs/13_cli.ipynb #175ea239
 @dataclass
 class Job:
     "Everything that a run has to decide; the defaults are the paper's (arXiv 2505.24680, section 4)."
@@ -52,7 +53,12 @@ class Job:
     lr: float = 1e-4             # peak learning rate
     epochs: int = 1              # passes over the windows
     learn: str = "full"          # what of the patch learns: "full", "diagonal" or "low-rank"
+    accumulate: int = 1          # forward passes for a step, of `distill_batch_size` windows each
+    weight_decay: float = 0.     # pull toward the patch as it was fitted
+    patience: Optional[int] = None # stop after so many measurements (of ten) without a gain
+    gradient_checkpointing: bool = False # spare memory: compute activations again for the gradient
     resume: bool = False         # go on with a distillation that was interrupted
+    checkpoint: bool = True      # keep its state beside `out` while it runs
     bos: bool = True             # does every window begin with BOS?
     dtype: str = "auto"          # number format to load the model in
     device_map: Optional[str] = None # where its layers go; None: the CPU
@@ -77,7 +83,7 @@ def _check_source(what, source, extra=()):
     if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor {known}")
     if not path.stat().st_size: raise ValueError(f"{what} {source} is an empty file (0 tokens): give a text")
 
-# %% ../nbs/13_cli.ipynb #a7abb0c5
+# %% ../nbs/13_cli.ipynb #3193f15d
 def check_words(
     job:Job, # the request
 ):
@@ -106,11 +112,12 @@ def _check_training(job):
     _one_of("distillation", job.distill, ("offline", "online"))
     Training(**_training(job))
     if job.patch == "none": raise ValueError("--distill trains a patch, and --patch is none: choose another, such as hadamard")
-    if job.out is not None and work_folder(job.out).exists() and not job.resume:
-        raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete it")
+    if _keeps_state(job) and (work_folder(job.out) / "state.safetensors").exists() and not job.resume:
+        raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete its state.safetensors")
 
 def _training(job):
-    return dict(lr=job.lr, epochs=job.epochs, batch_size=job.distill_batch_size, learn=job.learn, seed=job.seed)
+    same = ("lr", "epochs", "learn", "accumulate", "weight_decay", "patience", "gradient_checkpointing", "seed")
+    return {k: getattr(job, k) for k in same} | dict(batch_size=job.distill_batch_size)
 
 def work_folder(
     out, # the folder that a run writes
@@ -147,7 +154,7 @@ def _config(job):
         raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none "
                          "(check the spelling, the network and your access)") from e
 
-# %% ../nbs/13_cli.ipynb #257a342c
+# %% ../nbs/13_cli.ipynb #d6c81927
 def check_job(
     job:Job,  # the request
 ) -> list:    # the given cuts, checked and merged (empty: the metric will choose)
@@ -172,12 +179,13 @@ def check_job(
 def check_cache(
     job:Job,        # the request
     vocab_size:int, # V
+    place=None,     # folder of the cache; None: the one that goes with the output
 ):
     "ValueError where the teacher's predictions would not fit on the disk, or K is more than there are tokens."
     from linearpatch.distillation import bytes_per_token, check_room
     if job.top_k > vocab_size: raise ValueError(f"--top-k is {job.top_k}: the vocabulary has {vocab_size} tokens")
-    place = Path(tempfile.gettempdir()) if job.out is None else work_folder(job.out).absolute()
-    if not job.resume: check_room(place, job.distill_samples * job.seq_len * bytes_per_token(vocab_size, job.top_k))
+    place = place or (work_folder(job.out) if _keeps_state(job) else Path(tempfile.gettempdir()))
+    if not job.resume: check_room(Path(place).absolute(), job.distill_samples * job.seq_len * (bytes_per_token(vocab_size, job.top_k) + 5))
 
 # %% ../nbs/13_cli.ipynb #5d7329d1
 def _tokenizer(job):
@@ -318,20 +326,25 @@ def _students(job, model, stats, selection):
         if family == job.patch: saved = patches or []
     return students, saved
 
-# %% ../nbs/13_cli.ipynb #c23ab04b
+# %% ../nbs/13_cli.ipynb #a22980f8
 @contextlib.contextmanager
 def _work_folder(job):
     "`OUT.distill`, gone when the block ends well; a temporary folder where nothing is written; None without distillation."
     if not job.distill: yield None
-    elif job.out is None:
+    elif not _keeps_state(job):
         with tempfile.TemporaryDirectory() as folder: yield Path(folder)
     else:
         folder = work_folder(job.out)
         try: yield folder
-        except KeyboardInterrupt:
-            left = f"what was done is in {folder}: repeat the command with --resume" if folder.exists() else "nothing was written"
-            raise KeyboardInterrupt(left) from None
-        shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            if (folder / "state.safetensors").exists():
+                print(f"\nthe state of the distillation is in {folder}: repeat the command with --resume", file=sys.stderr)
+            raise
+        (folder / "state.safetensors").unlink(missing_ok=True) # our own files, and nothing else that may lie there
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        if folder.exists() and not any(folder.iterdir()): folder.rmdir()
+
+def _keeps_state(job): return job.checkpoint and job.out is not None
 
 def train_patch(
     job:Job,    # the request
@@ -346,7 +359,7 @@ def train_patch(
     with _stage(job, f"distillation, {job.distill}, on {len(windows)} windows"):
         if job.distill == "offline" and cache is None:
             cache = cache_teacher(model, windows, work / "cache", job.top_k, batch_size=job.batch_size, seed=job.seed, progress=job.progress)
-        keep = {} if job.out is None else dict(checkpoint=work, resume=True)
+        keep = dict(checkpoint=work, resume=True) if _keeps_state(job) else {}
         source = dict(source=cache) if cache is not None else dict(source=windows, teacher=model)
         out = distill(student, **source, **keep, progress=job.progress, **_training(job))
     return asdict(out) | dict(source=job.calibration, tokens=out.tokens, top_k=cache and job.top_k, cache_bytes=cache and cache.size)
@@ -415,7 +428,7 @@ def run_job(
     command = command or command_line(job, "run" if evaluate else "diagnose")
     return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons)
 
-# %% ../nbs/13_cli.ipynb #97f85a41
+# %% ../nbs/13_cli.ipynb #8dddb073
 @contextlib.contextmanager
 def _no_bar():
     "Without the progress bars of Transformers."
@@ -437,7 +450,7 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
         if evaluate:
             students, saved = _students(job, model, stats, selection)
             if job.distill:
-                students["distilled"] = prune(model, selection.cuts, saved, share=True)
+                students["distilled"] = prune(model, selection.cuts, saved, share=True, dtype="float32")
                 more["distillation"] = train_patch(job, students["distilled"], model, lessons, work)
             measured = measure(job, model, tokenizer, corpora, students)
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more)
@@ -447,9 +460,10 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
                 with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer)
     return report
 
-# %% ../nbs/13_cli.ipynb #813ae423
+# %% ../nbs/13_cli.ipynb #603fce8c
 def student_folder(
     folder, # what `run` wrote, or the model/ in it
+    trust_remote_code=False, # run code that comes with the model?
 ) -> tuple: # (folder of the student, its config)
     "ValueError where there is no patched student."
     from transformers import AutoConfig
@@ -457,47 +471,53 @@ def student_folder(
     path = Path(folder).expanduser()
     if not path.is_dir(): raise ValueError(f"there is no folder {folder}: give what `linearpatch run` wrote")
     if (path / "model" / "config.json").is_file(): path = path / "model"
-    config = AutoConfig.from_pretrained(check_folder(str(path)))
+    config = AutoConfig.from_pretrained(check_folder(str(path)), trust_remote_code=trust_remote_code)
     if not (getattr(config, "linearpatch", None) or {}).get("patches"):
         raise ValueError(f"{folder} holds no patched student: linearpatch run MODEL --remove N --out DIR makes one")
     return path, config
 
-def _over_teacher(folder, teacher):
-    "The student of a folder again, over the teacher's own weights; ValueError where the teacher is another model."
+def _over_teacher(job, folder, teacher):
+    "The student of a folder again, over the teacher's own weights."
     import torch
     from linearpatch.fusion import Patch
-    from linearpatch.models import Cut, fingerprint, hidden_size
+    from linearpatch.models import Cut, hidden_size
     from linearpatch.pruning import load_student, patch_modules, prune
-    with _no_bar(): student = load_student(folder)
+    with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
     record = student.config.linearpatch
-    if record.get("teacher", {}).get("fingerprint") not in (None, fingerprint(teacher)):
-        raise ValueError(f"{folder} was made from another model ({record['teacher']['name']}): give that one with --teacher")
     modules = dict(zip([tuple(p["cut"]) for p in record["patches"]], zip(patch_modules(student), record["patches"])))
     def patch(cut):
         if cut not in modules: return Patch(torch.eye(hidden_size(student)), "none", Cut(*cut))
         return Patch(modules[cut][0].weight.detach().T.double(), modules[cut][1]["family"], Cut(*cut))
-    dtype = patch_modules(student)[0].weight.dtype
-    return prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype=dtype)
+    return prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype="float32")
 
-# %% ../nbs/13_cli.ipynb #e23267cf
-def _load_teacher(job):
-    with _stage(job, f"loading {model_name(job)}"), _no_bar(): return _load(replace(job, progress=False), None)[0]
+# %% ../nbs/13_cli.ipynb #8eca9dae
+def _load_teacher(job, config):
+    "The intact model; ValueError where it is not the one that the student was made from."
+    from linearpatch.models import fingerprint
+    with _stage(job, f"loading {model_name(job)}"), _no_bar(): teacher = _load(replace(job, progress=False), None)[0]
+    made = config.linearpatch.get("teacher", {})
+    if made.get("fingerprint") not in (None, fingerprint(teacher)):
+        raise ValueError(f"the student was made from another model ({made['name']}), not from this {model_name(job)}: give that one with --teacher")
+    return teacher
 
-def _train_saved(job, path, lessons, work, cache):
-    "The student of a folder, and a function that trains it: the teacher is loaded only where it is needed."
+def _train_saved(job, path, config, lessons, work, cache):
+    "The student of a folder, and a function that trains it: the teacher is loaded only where it is needed, and first."
+    import gc
     from linearpatch.distillation import cache_teacher, find_cache
     from linearpatch.pruning import load_student
     if job.distill == "online":
-        teacher = _load_teacher(job)
-        student = _over_teacher(path, teacher)
+        teacher = _load_teacher(job, config)
+        student = _over_teacher(job, path, teacher)
         return student, lambda: train_patch(job, student, teacher, lessons, work)
-    with _no_bar(): student, place = load_student(path), cache or work / "cache"
-    ready = find_cache(place, student, lessons, job.top_k)
+    place = cache or work / "cache"
+    ready = find_cache(place, config, lessons, job.top_k)
     if ready is None:
-        ready = cache_teacher(_load_teacher(job), lessons, place, job.top_k, batch_size=job.batch_size, seed=job.seed, progress=job.progress)
+        ready = cache_teacher(_load_teacher(job, config), lessons, place, job.top_k, batch_size=job.batch_size, seed=job.seed, progress=job.progress)
+        gc.collect() # the teacher leaves before the student comes
+    with _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
     return student, lambda: train_patch(job, student, None, lessons, work, ready)
 
-# %% ../nbs/13_cli.ipynb #faac9bc7
+# %% ../nbs/13_cli.ipynb #2e019e11
 def distill_job(
     folder,         # what `run` wrote, or the model/ in it
     out,            # folder to write: model/, distillation.json and figures/
@@ -507,7 +527,7 @@ def distill_job(
 ) -> dict:          # the `distillation` part of a report, with `perplexity` = {corpus: {patched, distilled}}
     "Distil a student that was saved earlier; ValueError for bad input, before anything is computed or written."
     from transformers import AutoTokenizer
-    path, config = student_folder(folder)
+    path, config = student_folder(folder, settings.get("trust_remote_code", False))
     record = config.linearpatch
     name = teacher or record.get("teacher", {}).get("name")
     if not name: raise ValueError(f"{folder} does not say which model it was made from: name it with --teacher")
@@ -515,9 +535,9 @@ def distill_job(
     check_words(job)
     check_student(job, config, cache)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    lessons = make_lessons(job, tokenizer) or make_lessons(job, tokenizer, _load_teacher(job))
+    lessons = make_lessons(job, tokenizer) or make_lessons(job, tokenizer, _load_teacher(job, config))
     corpora = make_texts(replace(job, calibration="self"), tokenizer)[1]
-    return _distill_saved(job, path, tokenizer, lessons, corpora, cache)
+    return _distill_saved(job, path, config, tokenizer, lessons, corpora, cache)
 
 def check_student(
     job:Job, # the request
@@ -528,10 +548,14 @@ def check_student(
     from linearpatch.models import text_config
     longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest and job.seq_len > longest: raise ValueError(f"--seq-len is {job.seq_len}, the model has {longest} positions: give less")
-    if job.distill == "offline" and not (cache and Path(cache).expanduser().exists()): check_cache(job, text_config(config).vocab_size)
+    place = work_folder(job.out) / "cache" if cache is None else Path(cache).expanduser()
+    if cache is not None and place.absolute().is_relative_to(Path(job.out).expanduser().absolute()):
+        raise ValueError(f"--cache {cache} lies in the output folder, which is only made at the end: give another place")
+    if cache is not None and place.is_file(): raise ValueError(f"--cache {cache} is a file: give a folder")
+    if job.distill == "offline" and not place.exists(): check_cache(job, text_config(config).vocab_size, place)
 
-# %% ../nbs/13_cli.ipynb #b279ec22
-def _distill_saved(job, path, tokenizer, lessons, corpora, cache):
+# %% ../nbs/13_cli.ipynb #5eb9df67
+def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
     "Train, measure and write; all or nothing."
     import json
     from linearpatch.distillation import plot_history
@@ -541,7 +565,7 @@ def _distill_saved(job, path, tokenizer, lessons, corpora, cache):
     def measured(student):
         with _stage(job, "perplexity"): return {c: perplexity(student, w, job.batch_size, job.progress) for c, w in corpora.items()}
     with _work_folder(job) as work, output_folder(job.out) as folder:
-        student, train = _train_saved(job, path, lessons, work, cache)
+        student, train = _train_saved(job, path, config, lessons, work, cache)
         before, result, after = measured(student), train(), measured(student)
         result["perplexity"] = {c: dict(patched=before[c], distilled=after[c]) for c in corpora}
         (folder / "figures").mkdir()
@@ -550,12 +574,13 @@ def _distill_saved(job, path, tokenizer, lessons, corpora, cache):
         with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer)
     return result
 
-# %% ../nbs/13_cli.ipynb #902ca447
+# %% ../nbs/13_cli.ipynb #04e0feac
 _options = dict(
     remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
     seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype",
     device_map="--device-map", seed="--seed", distill="--distill", distill_samples="--distill-samples",
-    distill_batch_size="--distill-batch-size", top_k="--top-k", lr="--lr", epochs="--epochs", learn="--learn")
+    distill_batch_size="--distill-batch-size", top_k="--top-k", lr="--lr", epochs="--epochs", learn="--learn",
+    accumulate="--accumulate", weight_decay="--weight-decay", patience="--patience")
 
 def _as_words(option, value):
     values = value if isinstance(value, (tuple, list)) else [value]
@@ -572,6 +597,7 @@ def command_line(
         value = getattr(job, name)
         if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
     words += ["--compare"] * (command == "run" and bool(job.families))
+    words += ["--gradient-checkpointing"] * job.gradient_checkpointing
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))
 
@@ -614,7 +640,7 @@ DeviceOpt = _option(Optional[str], "--device-map", "Where the layers go: auto, c
 SeedOpt = _option(int, "--seed", "The one seed, of everything random.", MACHINE)
 TrustOpt = _option(bool, "--trust-remote-code", "Run the code that comes with the model. Only for models you trust.", MACHINE)
 
-# %% ../nbs/13_cli.ipynb #58304665
+# %% ../nbs/13_cli.ipynb #dfdac32c
 TRAIN = "Training the patch"
 DistillOpt = _option(Optional[str], "--distill", "Train the patch, and nothing else, to predict what the intact model predicts. offline: from its "
     "likeliest tokens, stored on disk first. online: from the model itself, which shares its layers with the student.", TRAIN)
@@ -625,9 +651,13 @@ TopKOpt = _option(int, "--top-k", "offline: how many tokens of the intact model 
 LrOpt = _option(float, "--lr", "Peak learning rate; it decays along a cosine.", TRAIN)
 EpochsOpt = _option(int, "--epochs", "Passes over the windows.", TRAIN)
 LearnOpt = _option(str, "--learn", "What of the patch learns: full, diagonal (in the rotated space) or low-rank (around the start).", TRAIN)
+AccumulateOpt = _option(int, "--accumulate", "Forward passes for one step.", TRAIN)
+DecayOpt = _option(float, "--weight-decay", "Pull toward the patch as it was fitted.", TRAIN)
+PatienceOpt = _option(Optional[int], "--patience", "Stop after so many measurements without a gain (there are ten, evenly spread). Without it: never.", TRAIN)
+RecomputeOpt = _option(bool, "--gradient-checkpointing", "Spare memory: compute activations again for the gradient.", TRAIN)
 ResumeOpt = _option(bool, "--resume", "Go on with the distillation that the same command began, from OUT.distill.", TRAIN)
 
-# %% ../nbs/13_cli.ipynb #1cd343fd
+# %% ../nbs/13_cli.ipynb #9a56cc83
 @app.command(epilog="Example: linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9")
 def run(
     model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None,
@@ -635,8 +665,8 @@ def run(
     calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"],
     prompt:PromptOpt=None, bos:BosOpt=True,
     distill:DistillOpt=None, distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100,
-    lr:LrOpt=1e-4, epochs:EpochsOpt=1, learn:LearnOpt="full", resume:ResumeOpt=False,
-    batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    lr:LrOpt=1e-4, epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0.,
+    patience:PatienceOpt=None, gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
     """Remove layers from any causal language model, patch the seam, measure, and save the student.
@@ -649,6 +679,7 @@ def run(
         calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or DEMO_PROMPTS),
         bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, distill=distill,
         distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn,
+        accumulate=accumulate, weight_decay=weight_decay, patience=patience, gradient_checkpointing=gradient_checkpointing,
         resume=resume, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
@@ -670,7 +701,7 @@ def diagnose(
         device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #1c794cf2
+# %% ../nbs/13_cli.ipynb #72c35c9f
 FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
 NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
 TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
@@ -681,7 +712,8 @@ CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's
 def distill(
     folder:FolderArg, out:NewOpt, teacher:TeacherOpt=None, mode:ModeOpt="offline", distill_samples:DistillSamplesOpt=5000,
     distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, cache:CacheOpt=None, lr:LrOpt=1e-4, epochs:EpochsOpt=1,
-    learn:LearnOpt="full", resume:ResumeOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
+    learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0., patience:PatienceOpt=None,
+    gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
     eval:EvalOpt=["wikitext2"], bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
@@ -690,14 +722,15 @@ def distill(
     Its teacher's predictions are the lesson. A run that was interrupted goes on with --resume."""
     result = distill_job(
         folder, out, teacher, cache, distill=mode, distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k,
-        lr=lr, epochs=epochs, learn=learn, resume=resume, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
+        lr=lr, epochs=epochs, learn=learn, accumulate=accumulate, weight_decay=weight_decay, patience=patience,
+        gradient_checkpointing=gradient_checkpointing, resume=resume, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
         batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     for c, p in result["perplexity"].items(): print(f"perplexity on {c}: {p['patched']:.2f} -> {p['distilled']:.2f}")
     print(f"KL on {result['heldout']} windows set aside: {result['history'][0]['heldout']:.4f} -> "
           f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
     print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
 
-# %% ../nbs/13_cli.ipynb #a7c4ddf9
+# %% ../nbs/13_cli.ipynb #4030a0fd
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
@@ -707,7 +740,8 @@ def demo_settings(
     from linearpatch.models import PLAYGROUND_REMOVE, PLAYGROUND_SEQ_LEN
     return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES,
                 calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed,
-                distill="online", distill_samples=184, distill_batch_size=4, lr=1e-2, epochs=2)
+                distill="online", distill_samples=184, distill_batch_size=4, lr=1e-2, epochs=2,
+                checkpoint=False) # it takes seconds
 
 # %% ../nbs/13_cli.ipynb #f1663194
 @app.command(epilog="Example: linearpatch demo --out demo")
@@ -736,9 +770,9 @@ def _tell_diagnosis(report):
     where = "largest |x|: {value:.4g} in X^({layer}), token {position} of a window, channel {channel}"
     print((where.format(**massive[0]) if massive else "") + "\n")
 
-# %% ../nbs/13_cli.ipynb #4581e100
+# %% ../nbs/13_cli.ipynb #116df63c
 def _tell_results(report, out):
-    "The table, what its signs mean, and the three continuations."
+    "The table, what its signs mean, and the continuations."
     import textwrap
     from linearpatch.report import table
     chosen = "as given" if report["metric"] == "given" else f"chosen by {report['metric']}"
@@ -774,13 +808,13 @@ def tell(
     for name, path in paths.items(): print(f"{name:{max(map(len, paths))}}  {out}/{path}")
     print(f"\nNext: {_next(report, out, demo)}")
 
-# %% ../nbs/13_cli.ipynb #7162311a
+# %% ../nbs/13_cli.ipynb #b32d5747
 def _refusal(error):
     "The one line for an error that the user can mend, or None."
     name = type(error).__name__
     if hasattr(error, "format_message"): return error.format_message()
     if name == "OutOfMemoryError":
-        return "out of memory: try --batch-size 1, --dtype bfloat16, a shorter --seq-len, or --device-map auto"
+        return "out of memory: try --batch-size 1 (--distill-batch-size 1, --gradient-checkpointing), --dtype bfloat16, a shorter --seq-len, or --device-map auto"
     if name == "SafetensorError": return f"the model's weights cannot be read ({error}): copy or download them again"
     return str(error) if isinstance(error, (ValueError, OSError)) else None
 
@@ -793,7 +827,7 @@ def _quiet():
 
 def _terminated(*_): raise SystemExit(143)
 
-# %% ../nbs/13_cli.ipynb #0429117b
+# %% ../nbs/13_cli.ipynb #ac29c3f7
 def main(
     args=None, # words of the command line; None: those of the process
 ):
@@ -801,13 +835,12 @@ def main(
     _quiet()
     before, code = signal.signal(signal.SIGTERM, _terminated), 0
     try: code = app(args=args, prog_name="linearpatch", standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort) as e:
-        print(f"\ninterrupted: {e or e.__cause__ or e.__context__ or 'nothing was written'}", file=sys.stderr)
-        code = 130
+    except (KeyboardInterrupt, typer.Abort): code = 130
     except Exception as error:
         line = _refusal(error)
         if line is None: raise
         print(f"error: {_one_line(line)}", file=sys.stderr)
         code = 2
     finally: signal.signal(signal.SIGTERM, before)
+    if code == 130: print("\ninterrupted: no output was written", file=sys.stderr) # typer itself turns Ctrl-C into this code
     sys.exit(code)

@@ -85,7 +85,7 @@ class Stats:
     massive:list          # `Massive`, at most TOP_TOKENS a layer, largest first
     moments:dict = field(default_factory=dict) # {cut: Moments}, for the cuts that were asked for
 
-# %% ../nbs/02_mismatch.ipynb #e67d9b18
+# %% ../nbs/02_mismatch.ipynb #fa386628
 CHUNK = 256  # tokens looked at together, so that intermediate results stay small beside a hidden state
 
 def _cosines(x, y, nx, ny):
@@ -106,7 +106,7 @@ def _ratios(x, y, rotation=None):
         total, squares = total + r.sum(0), squares + r.square().sum(0)
         hist = hist + torch.histc(r.log2_().clamp_(lo, hi), bins=len(RATIO_BINS) - 1, min=lo, max=hi)
     variance = squares / len(x) - (total / len(x)).square()
-    return variance.clamp_min(0).sqrt().mean().item(), hist.double().cpu()
+    return variance.clamp_min(0).sqrt().mean().item(), hist.cpu().double()
 
 # %% ../nbs/02_mismatch.ipynb #330d4e2f
 def add_moments(
@@ -151,7 +151,7 @@ class _Pass:
             for before, after in zip(self.held[c.start], self.held[l]): self.compare(c, before, after)
         for k in [k for k in self.held if self.last_use.get(k, l) <= l]: del self.held[k]
 
-# %% ../nbs/02_mismatch.ipynb #efc51297
+# %% ../nbs/02_mismatch.ipynb #d6821f9b
 def _window(self, l, i, x):
     "One window's X^(l), (tokens, C): add its sums; return what comparisons with it need."
     x = x.detach().float()
@@ -161,7 +161,7 @@ def _window(self, l, i, x):
         a, sq = part.abs(), part.square()
         s, sr, square = s + a.sum(0), sr + self.rotation(part).abs().sum(0), square + sq.sum(0)
         big.append(a.amax(1)); norm.append(sq.sum(1).sqrt())
-    s, sr, big, norm = s.double().cpu(), sr.double().cpu(), torch.cat(big), torch.cat(norm)
+    s, sr, big, norm = s.cpu().double(), sr.cpu().double(), torch.cat(big), torch.cat(norm)
     if not s.isfinite().all():
         raise ValueError(f"NaN or infinity in X^({l}), window {self.n_windows + i}: a float16 model may overflow, load it with dtype bfloat16 or float32; "
                          "if it is in one of these already, its weights are damaged")

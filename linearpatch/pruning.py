@@ -15,14 +15,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from .models import Cut, check_cuts, check_folder, decoder_layers, fingerprint, hidden_size, input_device
 from .models import n_layers, remove_layers
 
-# %% ../nbs/07_pruning.ipynb #7ef85ed8
+# %% ../nbs/07_pruning.ipynb #5ef2f036
 NAMES = {"input": "linear_patch", "output": "linear_patch_out"} # side of the layer -> name of the module
 
 def _times(patch, h):
-    "h @ P in the patch's precision, on the patch's device; the dtype of h comes back."
-    weight, dtype = patch.weight, h.dtype
+    "h @ P in the patch's precision, autocast or not, on the patch's device; the dtype of h comes back."
+    with torch.autocast(h.device.type, enabled=False): weight, dtype = patch.weight, h.dtype # a patch in training computes it
     if weight.device.type != "meta" and weight.device != h.device: h = h.to(weight.device)
-    return patch(h.to(weight.dtype)).to(dtype)
+    with torch.autocast(h.device.type, enabled=False): return patch(h.to(weight.dtype)).to(dtype)
 
 # %% ../nbs/07_pruning.ipynb #6195c3ca
 def _patch_input(layer, args, kwargs):

@@ -12,3 +12,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def root(): return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def second_model():
+    "A trained model that no chapter looks at, and its tokenizer."
+    import torch
+    from linearpatch.models import load_model
+    return load_model(Path(__file__).resolve().parent / "data" / "llama-12x64", dtype=torch.float32)

@@ -51,10 +51,11 @@ def test_demo_record(demo):
     assert r["model"]["name"] == "playground" and sum(b - a for a, b in r["cuts"]) == PLAYGROUND_REMOVE
     p, families = r["perplexity"]["passages"], r["families"]["passages"]
     assert p["dense"] < p["pruned"] == families["none"] and p["patched"] == families["hadamard"]
-    assert set(families) == {"none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq"} == set(r["kl"]["passages"])
+    assert set(families) == {"none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq", "distilled"} == set(r["kl"]["passages"])
+    assert p["distilled"] == families["distilled"] < .95 * p["patched"] and r["distillation"]["mode"] == "online"
     assert set(r["figures"]) == {"magnitude", "massive", "ratios", "scores", "perplexity"}
     assert len(r["figures"]["magnitude"]["raw"]["by_channel"]) == r["model"]["layers"] + 1
-    assert all(c[k] for c in r["continuations"] for k in ("prompt", "dense", "pruned", "patched"))
+    assert all(c[k] for c in r["continuations"] for k in ("prompt", "dense", "pruned", "patched", "distilled"))
     assert str(playground_path()) not in json.dumps(r)
 
 
@@ -71,7 +72,7 @@ def test_demo_student_is_what_was_measured(demo, playground):
     from linearpatch.pruning import load_student
     r = Report.load(demo[0])
     _, corpora = make_texts(Job("playground", calibration="passages", eval=("passages",), seq_len=T, samples=1), playground[1])
-    assert perplexity(load_student(demo[0] / "model"), corpora["passages"]) == pytest.approx(r["perplexity"]["passages"]["patched"], rel=1e-4)
+    assert perplexity(load_student(demo[0] / "model"), corpora["passages"]) == pytest.approx(r["perplexity"]["passages"]["distilled"], rel=1e-4)
 
 
 def test_readme_prints_the_demo(demo):
@@ -302,3 +303,115 @@ def test_corpora_are_those_of_the_calibration():
 def test_defaults_are_the_papers():
     j = Job("m")
     assert (j.samples, j.seq_len, j.calibration, j.eval, j.metric, j.patch) == (128, 2048, "wikitext2", ("wikitext2",), "cosine", "hadamard")
+
+
+# Distillation
+
+train = ["--distill-samples", "32", "--distill-batch-size", "4", "--lr", "0.01"]
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_run_with_distillation(capsys, tmp_path, mode):
+    code, out, err = cli(capsys, "run", "playground", "--remove", 2, *small, "--distill", mode, *train, "--top-k", 20, "--out", "new")
+    assert code == 0 and "+ distilled *" in out, err
+    r = Report.load("new")
+    p, d = r["perplexity"]["passages"], r["distillation"]
+    assert p["dense"] < p["distilled"] < p["patched"] and (d["windows"], d["heldout"], d["mode"]) == (29, 3, mode)
+    assert (d["top_k"], d["cache_bytes"] is None) == ((20, False) if mode == "offline" else (None, True))
+    assert [f["step"] for f in d["history"]] == sorted({f["step"] for f in d["history"]}) and d["history"][-1]["step"] == d["steps"] == 8
+    assert (tmp_path / "new" / "figures" / "distillation.png").stat().st_size > 1000
+    assert [f.name for f in tmp_path.iterdir()] == ["new"]
+    assert "Patch trained" in (tmp_path / "new" / "report.html").read_text() and f"--distill {mode}" in r["command"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    run_job("playground", out=tmp_path / "saved", remove=2, calibration="passages", eval=("passages",), seq_len=T, samples=8, batch_size=16)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_distil_a_saved_student(capsys, saved, mode):
+    from linearpatch.pruning import load_student, patch_modules
+    words = ["distill", saved, "--distill", mode, *[w for w in small if w not in ("--samples", "8")], *train]
+    code, out, err = cli(capsys, *words, "--out", "trained")
+    assert code == 0 and "Loading" not in err, err
+    record = json.loads((saved.parent / "trained" / "distillation.json").read_text())
+    p, start = record["perplexity"]["passages"], Report.load(saved)["perplexity"]["passages"]["patched"]
+    assert p["patched"] == pytest.approx(start, rel=1e-4) and p["distilled"] < p["patched"] and f"-> {p['distilled']:.2f}" in out
+    old, new = load_student(saved / "model"), load_student(saved.parent / "trained" / "model")
+    assert not torch.equal(patch_modules(old)[0].weight, patch_modules(new)[0].weight)
+    a, b = ({k: v for k, v in m.state_dict().items() if "linear_patch" not in k} for m in (old, new))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(f.name for f in saved.parent.iterdir()) == ["saved", "trained"]
+
+
+def test_with_a_finished_cache_the_teacher_is_never_loaded(capsys, saved, monkeypatch):
+    import linearpatch.cli as module
+    words = ["distill", saved, *[w for w in small if w not in ("--samples", "8")], *train, "--cache", "cache"]
+    assert cli(capsys, *words, "--out", "one")[0] == 0
+    monkeypatch.setattr(module, "_load", lambda *a: pytest.fail("the teacher was loaded"))
+    assert cli(capsys, *words, "--out", "two")[0] == 0
+    one, two = ((saved.parent / k / "model" / "model.safetensors").read_bytes() for k in ("one", "two"))
+    assert one == two
+    code, _, err = cli(capsys, *words, "--top-k", 7, "--out", "three")
+    assert code == 2 and "another K (100, not 7)" in err
+
+
+def test_an_interrupted_distillation_goes_on(capsys, tmp_path, monkeypatch):
+    import linearpatch.distillation as module
+    words = ["run", "playground", "--remove", 2, *small, "--distill", "online", *train, "--epochs", 10]
+    assert cli(capsys, *words, "--out", "whole")[0] == 0
+    step, calls = module._step, []
+    def stop(run):
+        calls.append(1)
+        if len(calls) == 60: raise KeyboardInterrupt
+        return step(run)
+    monkeypatch.setattr(module, "_step", stop)
+    code, _, err = cli(capsys, *words, "--out", "cut")
+    assert code == 130 and "cut.distill" in err and "--resume" in err and not (tmp_path / "cut").exists()
+    code, _, err = cli(capsys, *words, "--out", "cut")
+    assert code == 2 and "go on with --resume" in err
+    assert cli(capsys, *words, "--resume", "--out", "cut")[0] == 0 and len(calls) == 60 + 80 - 50
+    whole, cut = ((tmp_path / k / "model" / "model.safetensors").read_bytes() for k in ("whole", "cut"))
+    assert whole == cut and not (tmp_path / "cut.distill").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--distill", "both"], "choose one of offline, online"), (["--distill", "offline", "--top-k", 1], "--top-k is 1"),
+    (["--distill", "offline", "--top-k", 100000], "the vocabulary has"), (["--distill", "online", "--lr", -1], "lr is -1"), (["--resume"], "give --distill"),
+    (["--distill", "online", "--patch", "none"], "choose another"), (["--distill", "online", "--learn", "all"], "full, diagonal, low-rank"),
+    (["--distill", "online", "--distill-samples", 100000], "too short")], ids=str)
+def test_bad_distillation(capsys, tmp_path, words, said):
+    code, _, err = cli(capsys, "run", "playground", "--remove", 2, *small, *words, "--out", "new")
+    assert code == 2 and said in err and not list(tmp_path.iterdir())
+
+
+def test_distil_needs_a_patched_student(capsys, saved):
+    for folder, said in (("nowhere", "there is no folder"), (playground_path(), "holds no patched student")):
+        code, _, err = cli(capsys, "distill", folder, "--calibration", "passages", "--out", "new")
+        assert code == 2 and said in err
+    other = make("llama"); other.save_pretrained("other")
+    load_playground()[1].save_pretrained("other")
+    code, _, err = cli(capsys, "distill", saved, "--distill", "online", "--teacher", "other", *[w for w in small if w not in ("--samples", "8")], *train, "--out", "new")
+    assert code == 2 and "made from another model (playground)" in err and not (saved.parent / "new").exists()
+
+
+@pytest.mark.parametrize("cache, said", [("new/cache", "lies in the output folder"), ("a-file", "is a file")])
+def test_a_cache_in_a_bad_place(capsys, saved, cache, said):
+    (saved.parent / "a-file").write_text("x")
+    code, _, err = cli(capsys, "distill", saved, *[w for w in small if w not in ("--samples", "8")], *train, "--cache", cache, "--out", "new")
+    assert code == 2 and said in err and not (saved.parent / "new").exists()
+
+
+def test_a_wrong_teacher_is_refused_before_anything_is_stored(capsys, saved):
+    other = make("llama"); other.save_pretrained("other")
+    load_playground()[1].save_pretrained("other")
+    code, _, err = cli(capsys, "distill", saved, "--teacher", "other", *[w for w in small if w not in ("--samples", "8")], *train, "--cache", "c", "--out", "new")
+    assert code == 2 and "made from another model" in err and not (saved.parent / "c").exists()
+
+
+def test_nothing_else_in_the_work_folder_is_deleted(capsys, tmp_path):
+    (tmp_path / "new.distill").mkdir(); (tmp_path / "new.distill" / "mine.txt").write_text("mine")
+    assert cli(capsys, "run", "playground", "--remove", 2, *small, "--distill", "offline", *train, "--out", "new")[0] == 0
+    assert [f.name for f in (tmp_path / "new.distill").iterdir()] == ["mine.txt"]
