@@ -730,7 +730,7 @@ def distill(
           f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
     print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
 
-# %% ../nbs/13_cli.ipynb #4030a0fd
+# %% ../nbs/13_cli.ipynb #4498495d
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
@@ -740,7 +740,7 @@ def demo_settings(
     from linearpatch.models import PLAYGROUND_REMOVE, PLAYGROUND_SEQ_LEN
     return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES,
                 calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed,
-                distill="online", distill_samples=184, distill_batch_size=4, lr=1e-2, epochs=2,
+                distill="online", distill_samples=176, distill_batch_size=4, lr=1e-2, epochs=2,
                 checkpoint=False) # it takes seconds
 
 # %% ../nbs/13_cli.ipynb #f1663194

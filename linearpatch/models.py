@@ -22,9 +22,9 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging
 from accelerate.utils import align_module_device
 
-# %% ../nbs/00_models.ipynb #23fca51d
+# %% ../nbs/00_models.ipynb #9ed8771f
 PLAYGROUND_SEQ_LEN = 128  # tokens a window: the length that the playground was trained on
-PLAYGROUND_REMOVE = 3     # layers that the chapters remove from the playground
+PLAYGROUND_REMOVE = 6     # layers that the chapters remove from the playground
 
 def playground_path() -> Path: # the folder
     "Where the bundled model lies."

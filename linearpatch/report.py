@@ -75,12 +75,6 @@ SCHEMA |= {
     "versions": ("dict", "linearpatch, torch, transformers, python"),
 }
 
-# %% ../nbs/12_report.ipynb #7b1a13c6
-def schema_table() -> str: # Markdown
-    "The documented keys of `report.json`, one a row."
-    rows = [f"| `{key}` | {kind} | {meaning.replace('|', '&#124;')} |" for key, (kind, meaning) in (SCHEMA | DISTILLATION).items()]
-    return "\n".join(["| Key | Type | Meaning |", "|---|---|---|"] + rows)
-
 # %% ../nbs/12_report.ipynb #e2b8bce7
 DISTILLATION = {
     "perplexity.*.distilled": ("number", "of the student with `patch`, trained"),
@@ -101,6 +95,12 @@ DISTILLATION = {
     "distillation.history[].loss": ("number", "mean KL on the training windows since the row before"),
     "distillation.history[].heldout": ("number", "KL on the windows set aside, nats a token"),
 }
+
+# %% ../nbs/12_report.ipynb #7b1a13c6
+def schema_table() -> str: # Markdown
+    "The documented keys of `report.json`, one a row."
+    rows = [f"| `{key}` | {kind} | {meaning.replace('|', '&#124;')} |" for key, (kind, meaning) in (SCHEMA | DISTILLATION).items()]
+    return "\n".join(["| Key | Type | Meaning |", "|---|---|---|"] + rows)
 
 # %% ../nbs/12_report.ipynb #3d790010
 def plain(
@@ -262,7 +262,7 @@ def windows_record(
     "How much text a perplexity was measured on."
     return dict(windows=len(windows), seq_len=windows.ids.shape[1], tokens=int(windows.n_tokens))
 
-# %% ../nbs/12_report.ipynb #95fc223b
+# %% ../nbs/12_report.ipynb #119c332c
 def verdict(
     record,      # a `Report`
     corpus=None, # which corpus; the first one if not given
@@ -270,7 +270,7 @@ def verdict(
     "Which story the numbers tell; a change of less than 2 % of the gap counts as little."
     p = record["perplexity"][corpus or next(iter(record["perplexity"]))]
     if any(p[k] is None or not math.isfinite(p[k]) for k in ("dense", "pruned", "patched")): return "not finite"
-    if p["pruned"] <= 1.01 * p["dense"]: return "no gap"
+    if p["pruned"] <= 1.02 * p["dense"]: return "no gap"
     closed = _closed(p)
     return "helps" if closed >= 0.02 else "harms" if closed <= -0.02 else "little"
 

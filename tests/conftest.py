@@ -19,4 +19,4 @@ def second_model():
     "A trained model that no chapter looks at, and its tokenizer."
     import torch
     from linearpatch.models import load_model
-    return load_model(Path(__file__).resolve().parent / "data" / "llama-12x64", dtype=torch.float32)
+    return load_model(Path(__file__).resolve().parent / "data" / "llama-8x64", dtype=torch.float32)

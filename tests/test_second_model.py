@@ -10,7 +10,7 @@ from linearpatch.models import Cut, load_model
 from linearpatch.pruning import prune
 from linearpatch.selection import select
 
-FOLDER = Path(__file__).parent / "data" / "llama-12x64"
+FOLDER = Path(__file__).parent / "data" / "llama-8x64"
 
 
 @pytest.fixture(scope="module")
