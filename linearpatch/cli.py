@@ -10,7 +10,7 @@ __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'app', 'WHAT', 'HOW', 'TEXT', 
            'AccumulateOpt', 'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt',
            'CacheOpt', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache', 'make_texts',
            'make_lessons', 'diagnose_model', 'measure', 'continuation', 'train_patch', 'run_job', 'student_folder',
-           'distill_job', 'check_student', 'command_line', 'run', 'diagnose', 'distill', 'demo_settings', 'demo',
+           'distill_job', 'check_student', 'command_line', 'run', 'diagnose', 'distill_saved', 'demo_settings', 'demo',
            'tell', 'main']
 
 # %% ../nbs/13_cli.ipynb #07d03a27
@@ -66,7 +66,7 @@ class Job:
     trust_remote_code: bool = False # run code that comes with the model?
     progress: bool = False       # bars on stderr
 
-# %% ../nbs/13_cli.ipynb #73468beb
+# %% ../nbs/13_cli.ipynb #783ac442
 DEMO_PROMPTS = ("The road went down to the river, and",)
 _SOURCES = ("wikitext2", "c4", "ptb", "passages")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -74,6 +74,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def _one_of(what, value, names):
     if value not in names: raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(names)}")
 
+# %% ../nbs/13_cli.ipynb #0a8143d1
 def _check_source(what, source, extra=()):
     "ValueError where a text is neither a known name nor a file with something in it."
     names, path = _SOURCES + tuple(extra), Path(source).expanduser()
@@ -83,7 +84,7 @@ def _check_source(what, source, extra=()):
     if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor {known}")
     if not path.stat().st_size: raise ValueError(f"{what} {source} is an empty file (0 tokens): give a text")
 
-# %% ../nbs/13_cli.ipynb #3193f15d
+# %% ../nbs/13_cli.ipynb #b0e35273
 def check_words(
     job:Job, # the request
 ):
@@ -104,6 +105,7 @@ def check_words(
     if job.out is not None: check_output(job.out)
     _check_training(job)
 
+# %% ../nbs/13_cli.ipynb #6d204b85
 def _check_training(job):
     "ValueError for what is wrong about a distillation."
     from linearpatch.distillation import Training
@@ -115,17 +117,19 @@ def _check_training(job):
     if _keeps_state(job) and (work_folder(job.out) / "state.safetensors").exists() and not job.resume:
         raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete its state.safetensors")
 
+# %% ../nbs/13_cli.ipynb #3216ae6f
 def _training(job):
     same = ("lr", "epochs", "learn", "accumulate", "weight_decay", "patience", "gradient_checkpointing", "seed")
     return {k: getattr(job, k) for k in same} | dict(batch_size=job.distill_batch_size)
 
+# %% ../nbs/13_cli.ipynb #3ee56501
 def work_folder(
     out, # the folder that a run writes
 ) -> Path:
     "Where a distillation keeps the teacher's predictions and its own state until it is done: `OUT.distill`."
     return Path(out).expanduser().with_name(Path(out).name + ".distill")
 
-# %% ../nbs/13_cli.ipynb #47539421
+# %% ../nbs/13_cli.ipynb #d4908156
 def model_name(
     job:Job, # the request
 ) -> str:    # a name for the record
@@ -134,10 +138,12 @@ def model_name(
     if not isinstance(name, (str, Path)): name = getattr(name.config, "_name_or_path", "") or type(name).__name__
     return "playground" if _is_playground(name) else str(name)
 
+# %% ../nbs/13_cli.ipynb #9b0e199d
 def _is_playground(name):
     from linearpatch.models import playground_path
     return str(name) == str(playground_path()) or (str(name) == "playground" and not Path("playground").exists())
 
+# %% ../nbs/13_cli.ipynb #a1a24f3d
 def _location(job):
     from linearpatch.models import playground_path
     return str(playground_path()) if _is_playground(job.model) else str(job.model)
@@ -154,7 +160,7 @@ def _config(job):
         raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none "
                          "(check the spelling, the network and your access)") from e
 
-# %% ../nbs/13_cli.ipynb #d6c81927
+# %% ../nbs/13_cli.ipynb #8a8d37d8
 def check_job(
     job:Job,  # the request
 ) -> list:    # the given cuts, checked and merged (empty: the metric will choose)
@@ -176,6 +182,7 @@ def check_job(
     if job.distill == "offline": check_cache(job, text_config(config).vocab_size)
     return cuts
 
+# %% ../nbs/13_cli.ipynb #6f3f931c
 def check_cache(
     job:Job,        # the request
     vocab_size:int, # V
@@ -187,7 +194,7 @@ def check_cache(
     place = place or (work_folder(job.out) if _keeps_state(job) else Path(tempfile.gettempdir()))
     if not job.resume: check_room(Path(place).absolute(), job.distill_samples * job.seq_len * (bytes_per_token(vocab_size, job.top_k) + 5))
 
-# %% ../nbs/13_cli.ipynb #5d7329d1
+# %% ../nbs/13_cli.ipynb #444859e5
 def _tokenizer(job):
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(_location(job), trust_remote_code=job.trust_remote_code)
@@ -195,6 +202,7 @@ def _tokenizer(job):
         raise ValueError(f"{job.model} has no tokenizer ({_one_line(e)}): save one beside the model "
                          "with tokenizer.save_pretrained") from e
 
+# %% ../nbs/13_cli.ipynb #2358f019
 def make_texts(
     job:Job,   # the request
     tokenizer, # of the model
@@ -210,6 +218,7 @@ def make_texts(
         corpora[name] = load_windows(source, tokenizer, split="heldout", samples=None, **common)
     return calibration, corpora
 
+# %% ../nbs/13_cli.ipynb #c67ff55f
 def make_lessons(
     job:Job,    # the request
     tokenizer,  # of the model
@@ -326,7 +335,7 @@ def _students(job, model, stats, selection):
         if family == job.patch: saved = patches or []
     return students, saved
 
-# %% ../nbs/13_cli.ipynb #a22980f8
+# %% ../nbs/13_cli.ipynb #024208a1
 @contextlib.contextmanager
 def _work_folder(job):
     "`OUT.distill`, gone when the block ends well; a temporary folder where nothing is written; None without distillation."
@@ -346,6 +355,7 @@ def _work_folder(job):
 
 def _keeps_state(job): return job.checkpoint and job.out is not None
 
+# %% ../nbs/13_cli.ipynb #eb495dbb
 def train_patch(
     job:Job,    # the request
     student,    # patched, over the teacher's own weights; trained in place
@@ -395,7 +405,7 @@ def _record(job, command, model, stats, selection, windows, corpora, saved, meas
     report.figures = draw_figures(report, stats, selection)
     return report
 
-# %% ../nbs/13_cli.ipynb #bd9699f6
+# %% ../nbs/13_cli.ipynb #1a2ec075
 def _load(job, tokenizer):
     "The model of a request (if it is not one already) and its tokenizer."
     from linearpatch.models import load_model, load_playground
@@ -405,6 +415,7 @@ def _load(job, tokenizer):
         model, _ = load_model(_location(job), job.dtype, job.device_map, job.trust_remote_code)
     return model, tokenizer
 
+# %% ../nbs/13_cli.ipynb #e5cb4bb1
 def run_job(
     model,          # a loaded model, a folder, a Hub name, or "playground"
     tokenizer=None, # of a loaded model
@@ -428,7 +439,7 @@ def run_job(
     command = command or command_line(job, "run" if evaluate else "diagnose")
     return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons)
 
-# %% ../nbs/13_cli.ipynb #8dddb073
+# %% ../nbs/13_cli.ipynb #dfdec738
 @contextlib.contextmanager
 def _no_bar():
     "Without the progress bars of Transformers."
@@ -439,6 +450,7 @@ def _no_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
+# %% ../nbs/13_cli.ipynb #34f95fd7
 def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
     from linearpatch.pruning import output_folder, prune, save_student
@@ -460,7 +472,7 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
                 with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer)
     return report
 
-# %% ../nbs/13_cli.ipynb #603fce8c
+# %% ../nbs/13_cli.ipynb #f5821e66
 def student_folder(
     folder, # what `run` wrote, or the model/ in it
     trust_remote_code=False, # run code that comes with the model?
@@ -476,6 +488,7 @@ def student_folder(
         raise ValueError(f"{folder} holds no patched student: linearpatch run MODEL --remove N --out DIR makes one")
     return path, config
 
+# %% ../nbs/13_cli.ipynb #9fda9d0c
 def _over_teacher(job, folder, teacher):
     "The student of a folder again, over the teacher's own weights."
     import torch
@@ -490,7 +503,7 @@ def _over_teacher(job, folder, teacher):
         return Patch(modules[cut][0].weight.detach().T.double(), modules[cut][1]["family"], Cut(*cut))
     return prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype="float32")
 
-# %% ../nbs/13_cli.ipynb #8eca9dae
+# %% ../nbs/13_cli.ipynb #c4175a49
 def _load_teacher(job, config):
     "The intact model; ValueError where it is not the one that the student was made from."
     from linearpatch.models import fingerprint
@@ -500,6 +513,7 @@ def _load_teacher(job, config):
         raise ValueError(f"the student was made from another model ({made['name']}), not from this {model_name(job)}: give that one with --teacher")
     return teacher
 
+# %% ../nbs/13_cli.ipynb #aa76731d
 def _train_saved(job, path, config, lessons, work, cache):
     "The student of a folder, and a function that trains it: the teacher is loaded only where it is needed, and first."
     import gc
@@ -517,7 +531,7 @@ def _train_saved(job, path, config, lessons, work, cache):
     with _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
     return student, lambda: train_patch(job, student, None, lessons, work, ready)
 
-# %% ../nbs/13_cli.ipynb #2e019e11
+# %% ../nbs/13_cli.ipynb #bae0fd2e
 def distill_job(
     folder,         # what `run` wrote, or the model/ in it
     out,            # folder to write: model/, distillation.json and figures/
@@ -539,6 +553,7 @@ def distill_job(
     corpora = make_texts(replace(job, calibration="self"), tokenizer)[1]
     return _distill_saved(job, path, config, tokenizer, lessons, corpora, cache)
 
+# %% ../nbs/13_cli.ipynb #3e9f1a58
 def check_student(
     job:Job, # the request
     config,  # of the student
@@ -554,10 +569,11 @@ def check_student(
     if cache is not None and place.is_file(): raise ValueError(f"--cache {cache} is a file: give a folder")
     if job.distill == "offline" and not place.exists(): check_cache(job, text_config(config).vocab_size, place)
 
-# %% ../nbs/13_cli.ipynb #5eb9df67
+# %% ../nbs/13_cli.ipynb #072cca47
 def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
     "Train, measure and write; all or nothing."
     import json
+    import matplotlib.pyplot as plt
     from linearpatch.distillation import plot_history
     from linearpatch.evaluation import perplexity
     from linearpatch.pruning import output_folder, save_student
@@ -569,12 +585,14 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
         before, result, after = measured(student), train(), measured(student)
         result["perplexity"] = {c: dict(patched=before[c], distilled=after[c]) for c in corpora}
         (folder / "figures").mkdir()
-        (folder / "figures" / "distillation.png").write_bytes(png_bytes(plot_history(result["history"]).figure))
+        figure = plot_history(result["history"]).figure
+        (folder / "figures" / "distillation.png").write_bytes(png_bytes(figure))
+        plt.close(figure)
         (folder / "distillation.json").write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
         with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer)
     return result
 
-# %% ../nbs/13_cli.ipynb #04e0feac
+# %% ../nbs/13_cli.ipynb #e609e570
 _options = dict(
     remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
     seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype",
@@ -582,10 +600,12 @@ _options = dict(
     distill_batch_size="--distill-batch-size", top_k="--top-k", lr="--lr", epochs="--epochs", learn="--learn",
     accumulate="--accumulate", weight_decay="--weight-decay", patience="--patience")
 
+# %% ../nbs/13_cli.ipynb #ff35c8a9
 def _as_words(option, value):
     values = value if isinstance(value, (tuple, list)) else [value]
     return [w for v in values for w in (option, f"{v.start}:{v.stop}" if hasattr(v, "stop") else str(v))]
 
+# %% ../nbs/13_cli.ipynb #28ebabea
 def command_line(
     job:Job,       # the request
     command="run", # "run" or "diagnose"
@@ -601,11 +621,12 @@ def command_line(
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))
 
-# %% ../nbs/13_cli.ipynb #0eca9563
+# %% ../nbs/13_cli.ipynb #369965d4
 app = typer.Typer(
     name="linearpatch", add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Remove layers from a language model, and mend the seam with one matrix.", epilog="Begin with: linearpatch demo")
 
+# %% ../nbs/13_cli.ipynb #6b302b9f
 def _option(type_, name, text, panel): return Annotated[type_, typer.Option(name, help=text, rich_help_panel=panel)]
 
 WHAT, HOW, TEXT, MACHINE = "What to remove", "How", "Text", "Machine"
@@ -701,15 +722,16 @@ def diagnose(
         device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
-# %% ../nbs/13_cli.ipynb #72c35c9f
+# %% ../nbs/13_cli.ipynb #0c993826
 FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
 NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
 TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
 CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
     "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
 
-@app.command(epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")
-def distill(
+# %% ../nbs/13_cli.ipynb #61422625
+@app.command("distill", epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")
+def distill_saved(
     folder:FolderArg, out:NewOpt, teacher:TeacherOpt=None, mode:ModeOpt="offline", distill_samples:DistillSamplesOpt=5000,
     distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, cache:CacheOpt=None, lr:LrOpt=1e-4, epochs:EpochsOpt=1,
     learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0., patience:PatienceOpt=None,
@@ -784,7 +806,7 @@ def _tell_results(report, out):
             print(textwrap.fill(" ".join(c[key].split()), 100, initial_indent=f"  {key:10}", subsequent_indent=" " * 12))
         print()
 
-# %% ../nbs/13_cli.ipynb #6a677031
+# %% ../nbs/13_cli.ipynb #49f0a7b1
 def _next(report, out, demo):
     "The next step to try."
     m = report["model"]
@@ -792,6 +814,7 @@ def _next(report, out, demo):
     if not report["perplexity"]: return f"linearpatch run {m['name']} --remove {m['layers'] - m['layers_after']} ... --out DIR"
     return f"open {out}/report.html; --compare measures every patch family, --metric patch-aware looks for a better cut."
 
+# %% ../nbs/13_cli.ipynb #918ab0a7
 def tell(
     report,     # a `Report`
     out,        # the folder that was written
@@ -808,7 +831,7 @@ def tell(
     for name, path in paths.items(): print(f"{name:{max(map(len, paths))}}  {out}/{path}")
     print(f"\nNext: {_next(report, out, demo)}")
 
-# %% ../nbs/13_cli.ipynb #b32d5747
+# %% ../nbs/13_cli.ipynb #3a337b59
 def _refusal(error):
     "The one line for an error that the user can mend, or None."
     name = type(error).__name__
@@ -818,6 +841,7 @@ def _refusal(error):
     if name == "SafetensorError": return f"the model's weights cannot be read ({error}): copy or download them again"
     return str(error) if isinstance(error, (ValueError, OSError)) else None
 
+# %% ../nbs/13_cli.ipynb #4620d04a
 def _quiet():
     "Keep warnings of the libraries off the terminal; a figure needs no window."
     os.environ.setdefault("MPLBACKEND", "Agg")

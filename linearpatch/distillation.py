@@ -29,7 +29,7 @@ from .hadamard import make_rotation
 from .pruning import patch_modules
 from .selection import Suffix, run_model, token_kl
 
-# %% ../nbs/10_distillation.ipynb #537d28c3
+# %% ../nbs/10_distillation.ipynb #00562b58
 def top_k_probs(
     logits:Tensor, # of the teacher, (..., V)
     top_k:int,     # K, at most V
@@ -38,6 +38,7 @@ def top_k_probs(
     values, indices = logits.topk(top_k, -1)
     return values.float().softmax(-1), indices
 
+# %% ../nbs/10_distillation.ipynb #d9d8b6ec
 def top_k_kl(
     logits:Tensor,  # of the student, (..., V)
     probs:Tensor,   # of the teacher over K tokens, (..., K), each row sums to 1
@@ -47,15 +48,17 @@ def top_k_kl(
     log_q = logits.gather(-1, indices).float().log_softmax(-1)
     return F.kl_div(log_q, probs.float(), reduction="none").sum(-1)
 
-# %% ../nbs/10_distillation.ipynb #a536c9fa
+# %% ../nbs/10_distillation.ipynb #d5a88976
 CACHE_DTYPES = ("float16", "bfloat16")
 
+# %% ../nbs/10_distillation.ipynb #0e073ca2
 def index_dtype(
     vocab_size:int, # V
 ) -> torch.dtype:
     "The smallest integer type that safetensors stores and that holds every token id."
     return torch.uint8 if vocab_size <= 2**8 else torch.uint16 if vocab_size <= 2**16 else torch.int32
 
+# %% ../nbs/10_distillation.ipynb #0efba014
 def bytes_per_token(
     vocab_size:int, # V
     top_k:int=100,  # K
@@ -99,11 +102,12 @@ def _identity(teacher, windows, top_k, dtype, tokenizer, seed):
                 vocab_size=text_config(teacher).vocab_size, top_k=top_k, dtype=dtype, text=_digest(windows.ids, windows.mask),
                 source=windows.source, windows=len(windows), seq_len=windows.seq_len, seed=seed)
 
-# %% ../nbs/10_distillation.ipynb #7f48d5ec
+# %% ../nbs/10_distillation.ipynb #92d4121b
 MANIFEST, FORMAT = "manifest.json", "linearpatch top-K cache 1"
 _words = dict(model="model", tokenizer="tokenizer", vocab_size="vocabulary size", top_k="K", dtype="number format", text="text",
               windows="number of windows", seq_len="window length")
 
+# %% ../nbs/10_distillation.ipynb #ebc46fe4
 def _read_manifest(folder):
     path = Path(folder) / MANIFEST
     if not path.is_file(): raise ValueError(f"{folder} holds no cache (no {MANIFEST}): make one with cache_teacher")
@@ -113,6 +117,7 @@ def _read_manifest(folder):
         raise ValueError(f"{path} is corrupt, or no manifest of a cache: delete {folder} and cache again")
     return record
 
+# %% ../nbs/10_distillation.ipynb #35712941
 def _check_identity(folder, old, new):
     "ValueError naming the first thing in which a cache differs from what is asked for."
     for key, word in _words.items():
@@ -121,12 +126,13 @@ def _check_identity(folder, old, new):
             raise ValueError(f"the cache in {folder} was made for another {word} ({old.get(key)}, not {new[key]}): "
                              "give another folder, or delete this one")
 
-# %% ../nbs/10_distillation.ipynb #e0759b51
+# %% ../nbs/10_distillation.ipynb #f574daf7
 def _check_shard(folder, shard):
     path = folder / shard["file"]
     if not path.is_file() or _sha256(path) != shard["sha256"]:
         raise ValueError(f"{path} is {'corrupt' if path.is_file() else 'missing'}: delete {folder}, then cache again")
 
+# %% ../nbs/10_distillation.ipynb #f9d533eb
 class TopKCache:
     "What `cache_teacher` stored, memory-mapped: `cache[rows]` gives ids, mask, probs and indices of these windows."
     def __init__(self,
@@ -176,7 +182,7 @@ def find_cache(
     _check_identity(folder, manifest, (dict(model=made) if made else {}) | dict(top_k=top_k, text=_digest(windows.ids, windows.mask)))
     return TopKCache(folder) if sum(s["count"] for s in manifest["shards"]) == len(windows) else None
 
-# %% ../nbs/10_distillation.ipynb #a5857633
+# %% ../nbs/10_distillation.ipynb #27a006d9
 def check_room(
     folder,   # where something will be written
     need:int, # bytes
@@ -189,6 +195,7 @@ def check_room(
         raise ValueError(f"the cache needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free at {folder}: "
                          "free some, choose another disk, or take a smaller K or fewer windows")
 
+# %% ../nbs/10_distillation.ipynb #e16ceb65
 @torch.no_grad()
 def _shard(teacher, windows, top_k, dtype, batch_size):
     "The tensors of one shard; ValueError where the teacher's logits are no numbers."
@@ -201,7 +208,7 @@ def _shard(teacher, windows, top_k, dtype, batch_size):
         probs.append(p.nan_to_num().to(getattr(torch, dtype)).cpu()); indices.append(i.cpu().to(kind))
     return dict(ids=windows.ids.int(), mask=windows.mask.to(torch.uint8), probs=torch.cat(probs), indices=torch.cat(indices))
 
-# %% ../nbs/10_distillation.ipynb #91a72441
+# %% ../nbs/10_distillation.ipynb #fcc9a4aa
 def cache_teacher(
     teacher,            # the intact model
     windows:Windows,    # N windows of T tokens to learn from
@@ -235,6 +242,7 @@ def cache_teacher(
     finally: teacher.train(training)
     return TopKCache(folder, verify=False)
 
+# %% ../nbs/10_distillation.ipynb #f453dfcd
 def _open_cache(folder, identity, shard_windows):
     "The manifest of a folder: a new one, or that of a cache of the same things, its shards verified."
     if (folder / MANIFEST).is_file():
@@ -297,29 +305,37 @@ class Online:
         finally: hook.remove()
         return token_kl(target, self.suffix(self.state, ids, mask), mask)
 
-# %% ../nbs/10_distillation.ipynb #69e07d21
+# %% ../nbs/10_distillation.ipynb #51a3e307
 class Full(nn.Module):
     "P0 + delta."
     def __init__(self, weight, rank, generator):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros_like(weight))
-    def forward(self, weight): return weight + self.delta
+    def forward(self, weight):
+        "The patch's weight, (C, C)."
+        return weight + self.delta
 
+# %% ../nbs/10_distillation.ipynb #6caaa991
 class Diagonal(nn.Module):
     "P0 + H diag(delta) H^T."
     def __init__(self, weight, rank, generator):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros_like(weight[0]))
         self.register_buffer("H", make_rotation(len(weight)).dense(torch.float64).to(weight))
-    def forward(self, weight): return weight + (self.H * self.delta) @ self.H.T
+    def forward(self, weight):
+        "The patch's weight, (C, C)."
+        return weight + (self.H * self.delta) @ self.H.T
 
+# %% ../nbs/10_distillation.ipynb #3bc6d08f
 class LowRank(nn.Module):
     "P0 + A B, B beginning at zero."
     def __init__(self, weight, rank, generator):
         super().__init__()
         self.A = nn.Parameter((torch.randn(len(weight), rank, generator=generator) / len(weight) ** .5).to(weight))
         self.B = nn.Parameter(weight.new_zeros(rank, len(weight)))
-    def forward(self, weight): return weight + self.A @ self.B
+    def forward(self, weight):
+        "The patch's weight, (C, C)."
+        return weight + self.A @ self.B
 
 LEARN = {"full": Full, "diagonal": Diagonal, "low-rank": LowRank}
 
@@ -378,10 +394,11 @@ class Training:
         if self.learn not in LEARN: raise ValueError(f"learn is {self.learn!r}: choose one of {', '.join(LEARN)}")
         if self.autocast not in (None, "bfloat16"): raise ValueError(f"autocast is {self.autocast!r}: give None or 'bfloat16'")
 
-# %% ../nbs/10_distillation.ipynb #8728ffcc
+# %% ../nbs/10_distillation.ipynb #ac6691d5
 class DistillationError(ValueError):
     "Training met a number that is not finite; the best patch so far is in the student."
 
+# %% ../nbs/10_distillation.ipynb #200e467b
 @dataclass
 class Distilled:
     "What a training run did; `history` has a row for each measurement."
@@ -413,6 +430,7 @@ class Distilled:
         "The learning curve; returns the axes."
         return plot_history(self.history, ax)
 
+# %% ../nbs/10_distillation.ipynb #bb507ec7
 def plot_history(
     history, # rows of a `Distilled`
     ax=None, # matplotlib axes; None: a new figure
@@ -427,9 +445,10 @@ def plot_history(
     ax.set(xlabel="step", ylabel="KL, nats a token"); ax.legend()
     return ax
 
-# %% ../nbs/10_distillation.ipynb #aec62104
+# %% ../nbs/10_distillation.ipynb #f9e10143
 STATE = "state.safetensors"
 
+# %% ../nbs/10_distillation.ipynb #0f3ce12a
 class _Run:
     "A training run between two steps: everything that a checkpoint holds."
     def __init__(self, source, learning, settings):
@@ -457,7 +476,7 @@ class _Run:
         rows = [self.rows[j] for j in order[i * size:(i + 1) * size]]
         return [rows[j:j + self.s.batch_size] for j in range(0, len(rows), self.s.batch_size)]
 
-# %% ../nbs/10_distillation.ipynb #25249202
+# %% ../nbs/10_distillation.ipynb #6a6e618e
 def _save_state(run, folder, failed=False):
     optimizer = {f"optimizer.{i}.{k}": v for i, s in run.optimizer.state_dict()["state"].items() for k, v in s.items()}
     tensors = {f"now.{k}": p.detach() for k, p in run.learning.items()} | {f"best.{k}": p for k, p in run.best.items()} | optimizer
@@ -468,6 +487,7 @@ def _save_state(run, folder, failed=False):
     with atomic_file(Path(folder) / STATE) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=dict(run=json.dumps(record)))
 
+# %% ../nbs/10_distillation.ipynb #ba3d8068
 def _load_state(run, folder):
     "Go on where the checkpoint in `folder` stopped; ValueError if it belongs to another run."
     try:
@@ -492,7 +512,7 @@ def _load_state(run, folder):
     run.out, run.sum, run.n, run.kept = Distilled(**record["out"]), record["sum"], record["n"], record["kept"]
     return run
 
-# %% ../nbs/10_distillation.ipynb #1b7e263a
+# %% ../nbs/10_distillation.ipynb #6de2593f
 @contextmanager
 def _recompute(layers, on):
     "Within the block the activations inside each layer are not kept, but computed again for the gradient."
@@ -505,6 +525,7 @@ def _recompute(layers, on):
             if forward is not None: layer.forward = forward
             else: vars(layer).pop("forward", None)
 
+# %% ../nbs/10_distillation.ipynb #46c0b0ce
 def _kl(run, rows):
     "Sum of the KL over the predictions of some windows, and their number."
     device = next(iter(run.learning.values())).device.type
@@ -512,13 +533,14 @@ def _kl(run, rows):
     with torch.autocast(device, dtype, enabled=run.s.autocast is not None): kl, counted = run.source(rows)
     return kl[counted].sum(), int(counted.sum())
 
+# %% ../nbs/10_distillation.ipynb #eeb22d3b
 @torch.no_grad()
 def _measure(run):
     "Mean KL on the windows that were set aside."
     sums = [_kl(run, run.aside[i:i + run.s.batch_size]) for i in range(0, len(run.aside), run.s.batch_size)]
     return sum(s.item() for s, _ in sums) / max(1, sum(n for _, n in sums))
 
-# %% ../nbs/10_distillation.ipynb #92207db8
+# %% ../nbs/10_distillation.ipynb #195115e2
 def _step(run):
     "One step of the optimiser; returns its loss, or raises DistillationError."
     run.optimizer.zero_grad(set_to_none=True)
@@ -538,6 +560,7 @@ def _step(run):
     run.sum, run.n = run.sum + sums, run.n + n
     return sums / max(n, 1)
 
+# %% ../nbs/10_distillation.ipynb #c3ffe649
 def _look(run):
     "Measure, keep the patch if it is the best so far, and add a row to the history."
     heldout = _measure(run)
@@ -548,13 +571,14 @@ def _look(run):
     run.out.history.append(dict(step=run.out.steps, loss=run.sum / run.n if run.n else None, heldout=heldout, lr=run.scheduler.get_last_lr()[0]))
     run.sum, run.n = 0., 0
 
-# %% ../nbs/10_distillation.ipynb #a9d20d0c
+# %% ../nbs/10_distillation.ipynb #55c26dcc
 def _stopped(run):
     "All steps done, or no gain for `patience` measurements."
     h, p = run.out.history, run.s.patience
     late = p and len(h) > p and run.out.best < h[-p]["step"]
     return run.out.steps >= run.out.total or bool(late)
 
+# %% ../nbs/10_distillation.ipynb #40d9c412
 def _train(run, checkpoint, save_every, callback, progress):
     "Steps, measurements and checkpoints until the run is over."
     marks = {round(run.out.total * i / run.s.evals) for i in range(1, run.s.evals + 1)}
@@ -610,11 +634,12 @@ def distill(
     student.config.linearpatch["distilled"] = dict(mode=run.out.mode, steps=run.out.steps, best=run.out.best)
     return run.out
 
-# %% ../nbs/10_distillation.ipynb #cb200af5
+# %% ../nbs/10_distillation.ipynb #eb949ebe
 def _objective(student, source, teacher):
     if isinstance(source, Windows): return Online(student, source, teacher)
     return Offline(student, source) if isinstance(source, TopKCache) else source
 
+# %% ../nbs/10_distillation.ipynb #863fd879
 def _start(student, source, teacher, learning, settings):
     "A run at its beginning."
     run, record = _Run(_objective(student, source, teacher), learning, settings), getattr(student.config, "linearpatch", None) or {}
@@ -622,6 +647,7 @@ def _start(student, source, teacher, learning, settings):
     run.starts = [p.parametrizations.weight.original for p in patch_modules(student)]
     return run
 
+# %% ../nbs/10_distillation.ipynb #eaaee504
 def _check_distill(student, source, teacher, state, resume, save_every):
     "ValueError for what `distill` cannot work with."
     if not patch_modules(student): raise ValueError("the student has no patch to train: prune(model, cuts, patches) puts one in")

@@ -32,8 +32,8 @@ def closed(world, cut, matrices):
 
 def test_the_first_token_is_massive(world):
     stats = world[3]
-    assert (stats.first_token_max[3:9] > 5 * stats.other_token_max[3:9]).all()
-    assert stats.massive[8 * 6].position == 0
+    assert (stats.first_token_max[2:6] > 3 * stats.other_token_max[2:6]).all()  # less massive than the playground's
+    assert stats.massive[8 * 4].position == 0
 
 
 def test_families_at_the_cut_that_cosine_selects(world):
@@ -59,5 +59,5 @@ def test_the_cut_that_removes_the_maker_of_the_massive_token(world):
 
 def test_bigger_blocks_hurt_more(world):
     model, _, heldout, _, dense = world
-    damage = [perplexity(prune(model, Cut(4, 4 + n), share=True), heldout, batch_size=16) for n in (1, 3, 5)]
+    damage = [perplexity(prune(model, Cut(2, 2 + n), share=True), heldout, batch_size=16) for n in (1, 3, 5)]
     assert dense < damage[0] < damage[1] < damage[2] and math.isfinite(damage[2])
