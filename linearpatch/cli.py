@@ -108,14 +108,14 @@ def check_words(
 # %% ../nbs/13_cli.ipynb #6d204b85
 def _check_training(job):
     "ValueError for what is wrong about a distillation."
-    from linearpatch.distillation import Training
+    from linearpatch.distillation import STATE, Training
     if job.resume and (not job.distill or job.out is None): raise ValueError("--resume goes on with a distillation: give --distill and --out as before")
     if not job.distill: return
     _one_of("distillation", job.distill, ("offline", "online"))
     Training(**_training(job))
     if job.patch == "none": raise ValueError("--distill trains a patch, and --patch is none: choose another, such as hadamard")
-    if _keeps_state(job) and (work_folder(job.out) / "state.safetensors").exists() and not job.resume:
-        raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete its state.safetensors")
+    if _keeps_state(job) and (work_folder(job.out) / STATE).exists() and not job.resume:
+        raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete its {STATE}")
 
 # %% ../nbs/13_cli.ipynb #3216ae6f
 def _training(job):
@@ -343,13 +343,14 @@ def _work_folder(job):
     elif not _keeps_state(job):
         with tempfile.TemporaryDirectory() as folder: yield Path(folder)
     else:
+        from linearpatch.distillation import STATE
         folder = work_folder(job.out)
         try: yield folder
         except BaseException:
-            if (folder / "state.safetensors").exists():
+            if (folder / STATE).exists():
                 print(f"\nthe state of the distillation is in {folder}: repeat the command with --resume", file=sys.stderr)
             raise
-        (folder / "state.safetensors").unlink(missing_ok=True) # our own files, and nothing else that may lie there
+        (folder / STATE).unlink(missing_ok=True) # our own files, and nothing else that may lie there
         shutil.rmtree(folder / "cache", ignore_errors=True)
         if folder.exists() and not any(folder.iterdir()): folder.rmdir()
 

@@ -118,6 +118,10 @@ def _read_manifest(folder):
     return record
 
 # %% ../nbs/10_distillation.ipynb #35712941
+def _made_from(config):
+    "Fingerprint of the model that a student was made from; None where its config does not say."
+    return (getattr(config, "linearpatch", None) or {}).get("teacher", {}).get("fingerprint")
+
 def _check_identity(folder, old, new):
     "ValueError naming the first thing in which a cache differs from what is asked for."
     for key, word in _words.items():
@@ -177,7 +181,7 @@ def find_cache(
 ): # a `TopKCache`; None where there is none, or a partial one
     "A finished cache for this student and these windows, found without the teacher; ValueError where it is another one's, or corrupt."
     if not (Path(folder).expanduser() / MANIFEST).is_file(): return None
-    folder, made = Path(folder).expanduser(), (getattr(config, "linearpatch", None) or {}).get("teacher", {}).get("fingerprint")
+    folder, made = Path(folder).expanduser(), _made_from(config)
     manifest = _read_manifest(folder)
     _check_identity(folder, manifest, (dict(model=made) if made else {}) | dict(top_k=top_k, text=_digest(windows.ids, windows.mask)))
     return TopKCache(folder) if sum(s["count"] for s in manifest["shards"]) == len(windows) else None
@@ -261,7 +265,7 @@ class Offline:
         student,         # patched
         cache:TopKCache, # of its teacher
     ):
-        made = (getattr(student.config, "linearpatch", None) or {}).get("teacher", {}).get("fingerprint")
+        made = _made_from(student.config)
         asked = dict(vocab_size=text_config(student).vocab_size) | (dict(model=made) if made else {})
         _check_identity(cache.folder, cache.manifest, asked)
         self.student, self.cache, self.seq_len, self.runs = student, cache, cache.manifest["seq_len"], decoder_layers(student)
@@ -285,7 +289,7 @@ class Online:
         teacher,         # the intact model
     ):
         record = getattr(student.config, "linearpatch", None) or {}
-        if record.get("teacher", {}).get("fingerprint") not in (None, fingerprint(teacher)):
+        if _made_from(student.config) not in (None, fingerprint(teacher)):
             raise ValueError(f"the student was made from another model ({record['teacher']['name']}): give that one as teacher")
         self.start, self.teacher, self.windows, self.seq_len = min(c[0] for c in record["cuts"]), teacher, windows, windows.seq_len
         self.suffix = Suffix(student, self.start)
@@ -643,7 +647,7 @@ def _objective(student, source, teacher):
 def _start(student, source, teacher, learning, settings):
     "A run at its beginning."
     run, record = _Run(_objective(student, source, teacher), learning, settings), getattr(student.config, "linearpatch", None) or {}
-    run.identity |= dict(model=record.get("teacher", {}).get("fingerprint"), cuts=record.get("cuts"))
+    run.identity |= dict(model=_made_from(student.config), cuts=record.get("cuts"))
     run.starts = [p.parametrizations.weight.original for p in patch_modules(student)]
     return run
 

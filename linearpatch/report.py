@@ -270,7 +270,7 @@ def verdict(
     "Which story the numbers tell; a change of less than 2 % of the gap counts as little."
     p = record["perplexity"][corpus or next(iter(record["perplexity"]))]
     if any(p[k] is None or not math.isfinite(p[k]) for k in ("dense", "pruned", "patched")): return "not finite"
-    if p["pruned"] <= 1.02 * p["dense"]: return "no gap"
+    if p["pruned"] <= 1.01 * p["dense"]: return "no gap"
     closed = _closed(p)
     return "helps" if closed >= 0.02 else "harms" if closed <= -0.02 else "little"
 
