@@ -27,7 +27,7 @@ _names = {
     "distillation": "distill Training Distilled DistillationError TopKCache cache_teacher",
     "evaluation": "perplexity kl_divergence evaluate",
     "report": "Report save_report",
-    "cli": "run_job distill_job",
+    "pipeline": "run_job distill_job",
 }
 
 # %% ../nbs/reference.ipynb #50001c43

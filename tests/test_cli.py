@@ -1,7 +1,8 @@
 "The command line: what it writes, what it refuses, and that it leaves nothing half-done."
 import json, os, re, signal, subprocess, sys, time
 import pytest, torch, transformers as tf
-from linearpatch.cli import _SOURCES, Job, command_line, main, make_texts, run_job
+from linearpatch.cli import main
+from linearpatch.pipeline import _SOURCES, Job, command_line, make_texts, run_job
 from linearpatch.models import PLAYGROUND_REMOVE, PLAYGROUND_SEQ_LEN, load_playground, n_layers, playground_path
 from linearpatch.report import Report, rows
 from repo import root
@@ -347,7 +348,7 @@ def test_distil_a_saved_student(capsys, saved, mode):
 
 
 def test_with_a_finished_cache_the_teacher_is_never_loaded(capsys, saved, monkeypatch):
-    import linearpatch.cli as module
+    import linearpatch.pipeline as module
     words = ["distill", saved, *[w for w in small if w not in ("--samples", "8")], *train, "--cache", "cache"]
     assert cli(capsys, *words, "--out", "one")[0] == 0
     monkeypatch.setattr(module, "_load", lambda *a: pytest.fail("the teacher was loaded"))
