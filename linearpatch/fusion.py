@@ -32,17 +32,22 @@ class Patch:
     family:str       # one of `FAMILIES`
     cut:Cut          # the layers it stands for
     info:dict = field(default_factory=dict) # how it was fitted
+    mlp:Tensor=None  # T, (C, C) float64: the MLP of the last kept layer writes m @ T instead of m; None: as it is
 
     @property
     def size(self): return len(self.matrix)
     @property
     def distance(self): return ((self.matrix - torch.eye(self.size, dtype=self.matrix.dtype)).norm() / self.size ** 0.5).item()
     def apply(self,
-        h:Tensor, # hidden states, (..., C)
-    ) -> Tensor:  # h @ P, in the type of h
+        h:Tensor,      # hidden states, (..., C)
+        m:Tensor=None, # the MLP's part of them, (..., C); needed where there is a T
+    ) -> Tensor:       # (h - m + m @ T) @ P, in the type of h
         "What the patch does at the interface."
+        if self.mlp is not None: h = h + m @ (self.mlp - torch.eye(self.size, dtype=torch.float64)).to(m)
         return h @ self.matrix.to(h)
-    def __repr__(self): return f"Patch {self.family} for {self.cut}: {self.size} x {self.size}, distance from identity {self.distance:.3f}"
+    def __repr__(self):
+        also = f", and {self.size} x {self.size} into the MLP before it" * (self.mlp is not None)
+        return f"Patch {self.family} for {self.cut}: {self.size} x {self.size}, distance from identity {self.distance:.3f}{also}"
 
 # %% ../nbs/05_fusion.ipynb #f395d1fa
 def _none(stats, cut, **kw): return torch.eye(stats.hidden, dtype=torch.float64)
