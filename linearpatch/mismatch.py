@@ -51,10 +51,11 @@ def mlp_states(
     for i in layers:
         try: gains[i] = mlp_gain(model, i)
         except ValueError: pass
-    def after(i):
-        def hook(module, args, out): visit(i + 1, gains[i] * (out if isinstance(out, Tensor) else out[0]))
-        return hook
-    handles = [mlp_module(decoder_layers(model)[i]).register_forward_hook(after(i)) for i in gains]
+    first, seen, layers = (lambda out: out if isinstance(out, Tensor) else out[0]), {}, decoder_layers(model)
+    def keep(i): return lambda module, args, out: seen.update({i: gains[i] * first(out)})
+    def show(i): return lambda module, args, out: visit(i + 1, seen.pop(i).view_as(first(out)))
+    handles = [mlp_module(layers[i]).register_forward_hook(keep(i)) for i in gains]
+    handles += [layers[i].register_forward_hook(show(i)) for i in gains]
     try: yield list(gains)
     finally:
         for h in handles: h.remove()
