@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'NEEDS_MOMENTS', 'RIDGE', 'RIDGES', 'fuse', 'Patch', 'procrustes', 'least_squares', 'check_family',
            'fit_patch', 'mlp_least_squares', 'joint_least_squares', 'foldable_least_squares', 'heldout_error',
-           'choose_ridge']
+           'cross_error', 'choose_ridge', 'prior_share', 'between']
 
 # %% ../nbs/05_fusion.ipynb #6a52ef83
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from .models import Cut
@@ -180,18 +180,49 @@ def heldout_error(
     zz, zy = _stacked(moments)
     return ((W * (zz @ W)).sum() - 2 * (W * zy).sum()).item() + moments.yy
 
+def cross_error(
+    stats:Stats,   # with moments of the cut
+    cut:Cut,       # which cut
+    ridge:float,   # strength, see `joint_least_squares`
+    averaging:str="ratio-of-means", # of the prior's scale
+) -> float:        # sum of w |z W - y|^2 over all tokens, each judged by the fit that has not seen it
+    "The error of the joint fit in twofold cross-validation, from sums alone."
+    whole, prior = stats.moments[cut], _hadamard(stats, cut, averaging)
+    halves = [whole.half, whole - whole.half]
+    fit = lambda m: torch.cat(joint_least_squares(m, prior, ridge)) if m.has_mlp else least_squares(m.xx, m.xy, prior, ridge)
+    return sum(heldout_error(b, fit(a)) for a, b in (halves, halves[::-1]))
+
 def choose_ridge(
     stats:Stats,   # with moments of the cut
     cut:Cut,       # which cut
     averaging:str="ratio-of-means", # of the prior's scale
-    slack:float=0.15, # how much above the least error is still as good
+    slack:float=0.02, # how much above the least error is still as good
 ) -> float:        # one of `RIDGES`
-    "The strongest ridge whose error, fitted on half of the windows and judged on the other half, is near the least."
-    whole, prior = stats.moments[cut], _hadamard(stats, cut, averaging)
-    halves = [whole.half, whole - whole.half]
-    fit = lambda m, r: torch.cat(joint_least_squares(m, prior, r)) if m.has_mlp else least_squares(m.xx, m.xy, prior, r)
-    errors = {r: sum(heldout_error(b, fit(a, r)) for a, b in (halves, halves[::-1])) for r in RIDGES}
+    "The strongest ridge whose cross-validated error is near the least."
+    errors = {r: cross_error(stats, cut, r, averaging) for r in RIDGES}
     return max(r for r, e in errors.items() if e <= (1 + slack) * min(errors.values()))
+
+# %% ../nbs/05_fusion.ipynb #8af27f8b
+def prior_share(
+    stats:Stats,   # with moments of the cut
+    cut:Cut,       # which cut
+    ridge:float,   # of the fit
+    averaging:str="ratio-of-means", # of the prior's scale
+) -> float:        # beta, between 0 and 1
+    "How much of the hadamard patch belongs into an average with the fit: by the inverse of their errors."
+    whole, prior = stats.moments[cut], _hadamard(stats, cut, averaging)
+    alone = heldout_error(whole, torch.cat([prior, torch.zeros_like(prior)]) if whole.has_mlp else prior)
+    fit = cross_error(stats, cut, ridge, averaging)
+    return fit / max(fit + alone, 1e-300)
+
+def between(
+    moments:Moments, # of a cut, with its MLP parts
+    prior:Tensor,    # (C, C), a patch that is trusted
+    share:float,     # how much
+) -> Moments:        # the sums for another target; for fitting only
+    "The same sums with (1 - share) y + share x @ prior in the place of y."
+    m = moments
+    return replace(m, xy=(1 - share) * m.xy + share * m.xx @ prior, my=(1 - share) * m.my + share * m.xm.T @ prior)
 
 # %% ../nbs/05_fusion.ipynb #286bd733
 def _with_mlp(P, B): return P, torch.eye(len(P), dtype=P.dtype) + torch.linalg.solve(P.T, B.T).T # T = I + B P^-1
@@ -200,9 +231,12 @@ def _mlp(stats, cut, averaging, ridge):
     identity = torch.eye(stats.hidden, dtype=torch.float64)
     return _with_mlp(identity, mlp_least_squares(stats.moments[cut], identity, ridge))
 
-def _foldable(stats, cut, averaging, ridge): return _with_mlp(*foldable_least_squares(stats.moments[cut], ridge))
+def _averaged(stats, cut, averaging, ridge):
+    prior = _hadamard(stats, cut, averaging)
+    return between(stats.moments[cut], prior, prior_share(stats, cut, ridge, averaging)), prior
 
-def _joint(stats, cut, averaging, ridge):
-    return _with_mlp(*joint_least_squares(stats.moments[cut], _hadamard(stats, cut, averaging), ridge))
+def _foldable(stats, cut, averaging, ridge): return _with_mlp(*foldable_least_squares(_averaged(stats, cut, averaging, ridge)[0], ridge))
+
+def _joint(stats, cut, averaging, ridge): return _with_mlp(*joint_least_squares(*_averaged(stats, cut, averaging, ridge), ridge))
 
 _fit_mlp |= {"mlp": _mlp, "foldable": _foldable, "joint": _joint}
