@@ -87,17 +87,22 @@ def _with_patches(base, record):
     for k in ("__name__", "__qualname__", "__module__"): setattr(Student, k, getattr(base, k)) # rules are looked up by name
     return Student
 
-# %% ../nbs/09_checkpoint.ipynb #77c18b73
+# %% ../nbs/09_checkpoint.ipynb #7571ea10
+def _check_loaded(path, info):
+    "ValueError where weights are missing, left over, or of another shape."
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(f"the weights in {path} do not fit its config.json ({what.replace('_', ' ')}: {sorted(map(str, info[what]))[:3]}): "
+                             "files are missing, damaged, or do not belong together; copy or download them again")
+
+# %% ../nbs/09_checkpoint.ipynb #e8381813
 def _load_patched(path, config, *args, **kwargs):
     "The model with its patches, and what was loaded; ValueError where the files hold less or more than the config says."
     record = config.linearpatch
     base = _base_class(path, record["model"], "AutoModelForCausalLM")
     kwargs |= dict(config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     model, info = _with_patches(base, record).from_pretrained(path, *args, **kwargs)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise ValueError(f"the weights in {path} do not fit its config.json ({what.replace('_', ' ')}: {sorted(map(str, info[what]))[:3]}): "
-                             "files are missing, damaged, or do not belong together; copy or download them again")
+    _check_loaded(path, info)
     for p in record["patches"]: # a precision of its own, coarser than the model's
         patch = getattr(model.get_submodule(record["model"]["layers"])[p["layer"]], NAMES[p["side"]])
         if p["dtype"] not in ("float32", record["model"]["dtype"]): patch.to(getattr(torch, p["dtype"]))
@@ -149,11 +154,11 @@ class LinearPatchForCausalLM:
         return _with_patches(base, config.linearpatch)._from_config(config, **kwargs)
 '''
 
-# %% ../nbs/09_checkpoint.ipynb #26482875
+# %% ../nbs/09_checkpoint.ipynb #74f0823f
 def _code():
     "The module that goes into a student's folder."
     shared = (_times, _patch_input, _patch_output, _add_patch, _entry, _seal, _base_class, _own_class, _own_config,
-              _with_patches, _load_patched)
+              _with_patches, _check_loaded, _load_patched)
     head = _head.format(version=__version__, hint=HINT, names=NAMES)
     return head + "\n".join(inspect.getsource(f) for f in shared) + _tail
 
@@ -381,7 +386,7 @@ def _check_version(version, path):
     if version > VERSION:
         raise ValueError(f"{path} has format version {version}, and linearpatch {__version__} reads up to {VERSION}: install a newer linearpatch")
 
-# %% ../nbs/09_checkpoint.ipynb #cd993f30
+# %% ../nbs/09_checkpoint.ipynb #c99b7601
 def _inside(folder, name):
     "The file `name` of a folder; ValueError for one that is not there, or lies outside of it."
     path, home = Path(folder) / str(name), Path(folder).resolve()
@@ -399,23 +404,28 @@ def _check_files(folder):
     if not index.exists() and not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds no model.safetensors: weights in other formats are not read, opening a pickle can run code")
     if index.exists():
-        for name in set(_json(index).get("weight_map", {}).values()): _inside(folder, name)
+        shards = _json(index).get("weight_map")
+        if not isinstance(shards, dict): raise ValueError(f"{index} names no files: copy or download it again")
+        for name in shards.values(): _inside(folder, name)
 
-# %% ../nbs/09_checkpoint.ipynb #3d1542bf
-def _check_record(record, folder):
+# %% ../nbs/09_checkpoint.ipynb #18d8c610
+def _check_record(values, folder):
     "ValueError unless the record of a student with patches makes sense."
     def must(true, what):
         if not true: raise ValueError(what)
     try:
+        record = values["linearpatch"]
         model, n = record["model"], record["n_layers"]
         left = n - sum(c.n for c in check_cuts([tuple(c) for c in record["cuts"]], n))
         must(model["num_hidden_layers"] == left, f"{model['num_hidden_layers']} layers are left, but the cuts leave {left} of {n}")
         for p in record["patches"]: must(p["side"] in NAMES and p["layer"] in range(left) and p["dtype"] in DTYPES, f"there is no place for the patch {p}")
+        must(_entry(values, model["layers_key"])[1] in _entry(values, model["layers_key"])[0], f"there is no {model['layers_key']}")
         must(type(model["hidden_size"]) is int and model["hidden_size"] > 0, f"the width is {model['hidden_size']!r}")
         if not model["remote"]:
             base = getattr(transformers, model["architecture"], None)
             must(model["model_type"] in CONFIG_MAPPING, f"this version of transformers has no model type {model['model_type']!r}")
             must(inspect.isclass(base) and issubclass(base, PreTrainedModel), f"this version of transformers has no model {model['architecture']!r}")
+            must(base.config_class is CONFIG_MAPPING[model["model_type"]], f"{model['architecture']} is no {model['model_type']!r} model")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{folder}/config.json describes no student that can be loaded: {e if type(e) is ValueError else repr(e)}") from e
 
@@ -430,7 +440,7 @@ def _local(name):
         raise ValueError(f"{name!r} is no folder here, and could not be fetched from the Hub (check the spelling, the network, and your "
                          f"access if it is gated): {str(e).splitlines()[0]}") from e
 
-# %% ../nbs/09_checkpoint.ipynb #dd2daeed
+# %% ../nbs/09_checkpoint.ipynb #5c0e52c6
 def read_student(
     name,                    # a folder written by `save_student`, or its name on the Hub
     trust_remote_code=False, # run Python code that the base model's authors ship
@@ -444,7 +454,7 @@ def read_student(
     _check_version(record.get("version", 1), f"{name}/config.json")
     _check_files(folder)
     if not record.get("patches") and values.get("model_type") != "linearpatch": return folder, read_config(folder, trust_remote_code)
-    _check_record(record, name)
+    _check_record(values, name)
     if record["model"]["remote"] and not trust_remote_code:
         raise ValueError(f"the base model of {name} came with Python code of its own: read it, and pass trust_remote_code=True to run it")
     return folder, _own_config(str(folder), values, name_or_path=str(folder))
@@ -460,7 +470,7 @@ def _plain_again(model):
         if p.weight.device.type != "meta" and not torch.isfinite(p.weight).all(): raise ValueError(f"the patch of {Cut(*entry['cut'])} holds NaN or infinity: it was damaged, get it again")
     return guard(model)
 
-# %% ../nbs/09_checkpoint.ipynb #ca381756
+# %% ../nbs/09_checkpoint.ipynb #8a664202
 def load_student(
     name,                    # what `save_student` wrote, or its name on the Hub
     dtype="auto",            # "auto": as saved
@@ -471,12 +481,14 @@ def load_student(
     folder, config = read_student(name, trust_remote_code)
     where = dict(dtype=dtype, device_map=device_map)
     try:
-        if config.linearpatch["patches"]: return _plain_again(_load_patched(str(folder), config, **where)[0]).eval()
+        if "model" in config.linearpatch: return _plain_again(_load_patched(str(folder), config, **where)[0]).eval()
         auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code else AutoModelForImageTextToText
         model, info = auto.from_pretrained(folder, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code, **where)
+        _check_loaded(folder, info)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"the weights in {folder} are damaged or cut off ({str(e).splitlines()[0]}): copy or download them again") from e
-    if info["missing_keys"]: raise ValueError(f"the weights in {folder} lack {sorted(info['missing_keys'])[:3]}: copy or download them again")
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder}/config.json describes no model that can be built ({e!r}): it was altered, or needs another version of transformers") from e
     return model.eval()
 
 # %% ../nbs/09_checkpoint.ipynb #fa4ac0b5
