@@ -8,8 +8,8 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
            'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt',
-           'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'run', 'diagnose', 'distill_saved', 'fold_saved',
-           'demo_settings', 'demo', 'tell', 'main']
+           'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose', 'distill_saved',
+           'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -162,11 +162,12 @@ PlainOpt = _option(Path, "--out", "Folder to write: a plain model, as save_pretr
 FoldSamplesOpt = _option(int, "--samples", "Calibration windows, where the fold is not exact.", TEXT)
 ToleranceOpt = _option(float, "--tolerance", "Refuse a fold that moves the predictions by more than this: KL divergence, nats a token.", HOW)
 ForceOpt = _option(bool, "--force", "Fold all the same.", HOW)
+RefineOpt = _option(int, "--refine", "Steps of fitting, for a smaller error where the fold is not exact. Small models: 150.", HOW)
 
 # %% ../nbs/16_cli.ipynb #d3445c9b
 @app.command("fold", epilog="Example: linearpatch fold model-9 --calibration notes.txt --out plain-9")
 def fold_saved(
-    folder:FolderArg, out:PlainOpt, tolerance:ToleranceOpt=0.01, force:ForceOpt=False, calibration:CalibrationOpt="wikitext2",
+    folder:FolderArg, out:PlainOpt, tolerance:ToleranceOpt=0.01, force:ForceOpt=False, refine:RefineOpt=0, calibration:CalibrationOpt="wikitext2",
     samples:FoldSamplesOpt=32, seq_len:SeqLenOpt=2048, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto",
     device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
@@ -174,7 +175,7 @@ def fold_saved(
 
     Exact for the patches scalar, procrustes and foldable. For others the error is measured on the calibration
     text, and a fold that changes the student too much is refused."""
-    result = fold_job(folder, out, calibration, samples, seq_len, tolerance, force, bos=bos, batch_size=batch_size, dtype=dtype,
+    result = fold_job(folder, out, calibration, samples, seq_len, tolerance, force, refine, bos=bos, batch_size=batch_size, dtype=dtype,
                       device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     print(f"{result}\n\nmodel  {out}\n\nNext: AutoModelForCausalLM.from_pretrained({str(out)!r})")
 

@@ -619,6 +619,7 @@ def fold_job(
     seq_len=2048,           # tokens in a window
     tolerance=0.01,         # refuse a fold whose KL from the patched student is above this, nats a token
     force=False,            # ... unless forced
+    refine=0,               # steps of fitting the bases, see `fold`
     **settings,             # further fields of `Job`: batch_size, bos, dtype, device_map, seed, trust_remote_code, progress
 ):                          # a `Folding`
     "Fold a student that was saved earlier into a plain checkpoint; ValueError for bad input or a fold that costs too much; nothing is written then."
@@ -635,7 +636,7 @@ def fold_job(
     def text(): return load_windows(calibration, tokenizer, seq_len=seq_len, samples=samples, bos=job.bos, seed=job.seed)
     with _stage(job, f"loading {path}"), _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
     with _stage(job, "folding the patch into the weights"):
-        folded = fold(student, text, tolerance, force, share=True, batch_size=job.batch_size)
+        folded = fold(student, text, tolerance, force, share=True, refine=refine, batch_size=job.batch_size)
     with _stage(job, "writing"), _no_bar(): save_student(folded, out, tokenizer)
     return folded.folding
 
