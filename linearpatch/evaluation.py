@@ -428,9 +428,8 @@ def evaluate_tasks(
     if isinstance(model, (str, Path)): model, tokenizer = _open(model, tokenizer, loaded, limit, batch_size, dtype, device_map, trust_remote_code)
     if tokenizer is None: raise ValueError("a model in memory needs its tokenizer: evaluate_tasks(model, tokenizer, ...)")
     scores, key = TaskScores(), cache and _model_key(model, tokenizer)
-    with _evaluating([model]), _quiet():
-        lm = lm_eval.models.huggingface.HFLM(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
     with _evaluating([model]):
+        with _quiet(): lm = lm_eval.models.huggingface.HFLM(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
         for name in tqdm(loaded, "tasks", disable=not progress): scores[name] = _score(lm, loaded[name], limit, bos, cache, key, progress)
     return scores
 
@@ -483,11 +482,12 @@ def worse_tasks(
     pruned,  # of the same without its patch
 ) -> dict:   # {task: (difference, its standard error)}, the differences below 0
     "The tasks on which a patch made things worse."
-    found = {}
-    for t, score in student.items():
-        gap = score.value - pruned[t].value
-        if gap < 0: found[t] = gap, TaskScore.of("", [a - b for a, b in zip(score.hits, pruned[t].hits)]).stderr
-    return found
+    if set(student) - set(pruned): raise ValueError(f"the model without a patch was not measured on {sorted(set(student) - set(pruned))}")
+    def gap(p, q):
+        paired = len(p.hits) == len(q.hits) > 0
+        error = TaskScore.of("", [a - b for a, b in zip(p.hits, q.hits)]).stderr if paired else math.hypot(p.stderr, q.stderr)
+        return p.value - q.value, error
+    return {t: gap(s, pruned[t]) for t, s in student.items() if s.value < pruned[t].value}
 
 # %% ../nbs/11_evaluation.ipynb #43d21158
 class TaskTable(dict):
