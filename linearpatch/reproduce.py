@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'BYTES', 'CORPUS_TOKENS', 'TASK_TOKENS', 'EFFICIENCY', 'DRY_WIDTH', 'DRY_LEN', 'PAPER_TASKS', 'RELATIVE',
-           'ROWS', 'GROUPS', 'RECORD', 'Recipe', 'recipes', 'find_recipe', 'removed_cuts', 'n_removed',
+           'ROWS', 'FIGURES', 'RECORD', 'HAS_TASKS', 'Recipe', 'recipes', 'find_recipe', 'removed_cuts', 'n_removed',
            'layer_parameters', 'count_parameters', 'cache_bytes', 'memory_bytes', 'count_flops', 'matmul_speed',
            'amount', 'duration', 'Estimate', 'estimate', 'model_cached', 'missing', 'device_of', 'free_memory',
            'shortage', 'check_ready', 'dry_model', 'job_settings', 'printed_beside', 'compare_figures',
@@ -26,6 +26,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .models import Cut, check_cuts, runs
+from .pipeline import Job
 
 # %% ../nbs/15_reproduce.ipynb #r15c0010
 RECIPES = Path(str(files("linearpatch"))) / "recipes"
@@ -139,7 +140,7 @@ def memory_bytes(
     start, stop = _removed_places(recipe)
     logits = batch_size * T * V
     calibration = batch_size * T * C * 4 * (stop - start + 3)
-    evaluation = min(logits, 2**28) * each * 2 + min(logits, 2**25) * 4 * 4
+    evaluation = min(logits, 2**28) * each * 2 + min(logits, 2**25) * 4 * 6
     behind = m["num_hidden_layers"] - stop
     training = job.get("distill_batch_size", 0) * T * (V * (2 * each + 4) + behind * each * (14 * C + 4 * I)) if "distill" in job else 0
     return count_parameters(m) * each + 6 * 8 * C * C + max(calibration, evaluation, training)
@@ -310,11 +311,10 @@ def free_memory(
     device_map=None, # as for `load_model`; None: the CPU
 ) -> int:            # bytes
     "Memory that a model can take: of the machine, or of its GPUs (with the machine's, where layers may go to both)."
-    import psutil, torch
-    machine = psutil.virtual_memory().available
-    if device_of(device_map) == "cpu": return machine
-    gpus = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-    return gpus + machine if device_map == "auto" else gpus
+    from accelerate.utils import get_max_memory
+    free = get_max_memory()
+    if device_of(device_map) == "cpu": return free["cpu"]
+    return sum(n for place, n in free.items() if device_map == "auto" or place != "cpu")
 
 # %% ../nbs/15_reproduce.ipynb #r15c0047
 def _free_disk(folder):
@@ -384,6 +384,7 @@ def job_settings(
     recipe:Recipe,
     dry_run=False, # for the tiny random model
     samples=None,  # calibration windows, instead of the recipe's
+    tasks=False,   # with the recipe's tasks (in a dry run a few items of the bundled ones)
 ) -> dict:         # fields of `Job`, the model left out
     "What a recipe asks of a run."
     job = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.job.items() if k != "layers"}
@@ -391,6 +392,7 @@ def job_settings(
     if samples is not None:
         if recipe.row == "dense": raise ValueError(f"{recipe.name} calibrates nothing: leave --samples out")
         job["samples"] = samples
+    if tasks and recipe.tasks: job |= dict(tasks=("offline",), task_limit=2, task_batch_size=64) if dry_run else dict(tasks=recipe.tasks)
     if not dry_run: return job
     if "distill" in job: job |= _dry_training
     return job | _dry_job | dict(eval=("passages",)) | ({} if samples is None else dict(samples=samples))
@@ -410,12 +412,25 @@ def printed_beside(
     return found
 
 # %% ../nbs/15_reproduce.ipynb #r15c0057
+def _task_figures(table, patch):
+    "{row: {'accuracy': {task: percent}, 'retained': {'RP': percent}}} of the tasks in a report; RP is over the nine tasks, or over all there are."
+    if not table: return {}
+    from linearpatch.evaluation import retained
+    names = {"dense": "dense", "pruned": "pruned", "distilled": "distilled", patch: "patched"}
+    accuracy = {names[m]: {t: 100 * s["value"] for t, s in scores.items()} for m, scores in table["scores"].items() if m in names}
+    nine = [t for t in PAPER_TASKS if t in accuracy["dense"]] or list(accuracy["dense"])
+    few = {row: {t: a[t] for t in nine} for row, a in accuracy.items()}
+    rp = lambda row: 100 * retained(few[row], few["dense"]).value
+    return {row: dict(accuracy=a) | ({} if row == "dense" or not all(few["dense"].values()) else dict(retained=dict(RP=rp(row)))) for row, a in accuracy.items()}
+
+# %% ../nbs/15_reproduce.ipynb #r15c0058
 def _from_report(report, corpora):
     "{row: {'perplexity': {corpus: number}}} of a run, and sigma_d of its patch. A dry run's one text stands for every corpus."
     rows = {}
     for text, found in report["perplexity"].items():
         names = [c.partition(":")[0] for c in corpora] if text == "passages" else [text.partition(":")[0]]
         for row, value in found.items(): rows.setdefault(row, {"perplexity": {}})["perplexity"] |= dict.fromkeys(names, value)
+    for row, figures in _task_figures(report.get("tasks"), report.get("patch")).items(): rows.setdefault(row, {}).update(figures)
     if "patched" in rows and len(report["patches"]) == 1:
         p = report["patches"][0]
         rows["patched"]["sigma"] = dict(raw=p["sigma"], rotated=p["sigma_rotated"])
@@ -429,7 +444,7 @@ def _add_averages(rows):
             if all(p in have for p in parts): have["average"] = sum(have[p] for p in parts) / len(parts)
     return rows
 
-# %% ../nbs/15_reproduce.ipynb #r15c0058
+# %% ../nbs/15_reproduce.ipynb #r15c0059
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande", "wsc273", "race", "copa")
 RELATIVE = ("perplexity", "sigma") # their differences are relative; those of accuracies are points
 
@@ -441,7 +456,7 @@ def compare_figures(
     lines = []
     for row, other in sorted((printed_beside(recipe) | {r: None for r in rows if r not in printed_beside(recipe)}).items(), key=lambda x: ROWS.index(x[0])):
         printed, found = other.published if other else {}, rows.get(row, {})
-        for group in GROUPS:
+        for group in FIGURES:
             for name in {**printed.get(group, {}), **found.get(group, {})}:
                 m, p = found.get(group, {}).get(name), printed.get(group, {}).get(name)
                 if m is None and row != recipe.row: continue
@@ -451,9 +466,9 @@ def compare_figures(
                                   within=None if d is None or t is None else bool(abs(d) <= t)))
     return lines
 
-ROWS, GROUPS = ("dense", "pruned", "patched", "distilled"), ("perplexity", "accuracy", "retained", "sigma")
+ROWS, FIGURES = ("dense", "pruned", "patched", "distilled"), ("perplexity", "accuracy", "retained", "sigma")
 
-# %% ../nbs/15_reproduce.ipynb #r15c0059
+# %% ../nbs/15_reproduce.ipynb #r15c0060
 def reproduction_verdict(
     recipe:Recipe,
     lines:list,    # of `compare_figures`
@@ -466,7 +481,7 @@ def reproduction_verdict(
     if any(l["within"] is False for l in own): return "not reproduced"
     return "reproduced" if all(l["within"] for l in own) else "in part"
 
-# %% ../nbs/15_reproduce.ipynb #r15c0062
+# %% ../nbs/15_reproduce.ipynb #r15c0063
 def _gap(group, x, sign="+"):
     "A difference as text: relative for perplexities, in points for accuracies."
     return "" if x is None else f"{x:{sign}.1%}" if group in RELATIVE else f"{x:{sign}.2f}"
@@ -489,7 +504,7 @@ class Reproduction(dict):
         text = ["  ".join(t.ljust(w) if i in (0, 1, 6) else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *body]]
         return "\n".join([self["title"], "", text[0], "-" * max(map(len, text)), *text[1:], "", *self["remarks"]])
 
-# %% ../nbs/15_reproduce.ipynb #r15c0063
+# %% ../nbs/15_reproduce.ipynb #r15c0064
 def describe_hardware(
     device_map=None, # as for `load_model`
 ) -> str:
@@ -505,7 +520,7 @@ def source_commit() -> str: # 40 hexadecimal digits; "" where the package does n
     try: return git("rev-parse", "HEAD") if (here / ".git").exists() and not git("status", "--porcelain", "--", "linearpatch") else ""
     except (OSError, subprocess.CalledProcessError): return ""
 
-# %% ../nbs/15_reproduce.ipynb #r15c0064
+# %% ../nbs/15_reproduce.ipynb #r15c0065
 def _remarks(recipe, verdict, dry_run, tasks):
     "The sentences below the table."
     if dry_run: out = [f"DRY RUN: a random model, {DRY_WIDTH} channels wide, and the bundled passages in the place of every text. The numbers mean nothing."]
@@ -516,7 +531,7 @@ def _remarks(recipe, verdict, dry_run, tasks):
     if not tasks and recipe.tasks: notes.append("The tasks were left out.")
     return out + ["note: " + n for n in notes if n]
 
-# %% ../nbs/15_reproduce.ipynb #r15c0065
+# %% ../nbs/15_reproduce.ipynb #r15c0066
 def _reproduction(recipe, rows, command, dry_run, tasks, device_map):
     "Everything that is kept of a run of a recipe."
     from datetime import date
@@ -527,7 +542,14 @@ def _reproduction(recipe, rows, command, dry_run, tasks, device_map):
                         remarks=_remarks(recipe, verdict, dry_run, tasks), command=command, date=date.today().isoformat(), versions=versions(),
                         commit=source_commit(), hardware=describe_hardware(device_map))
 
-# %% ../nbs/15_reproduce.ipynb #r15c0067
+# %% ../nbs/15_reproduce.ipynb #r15c0068
+def _dense_tasks(model, tokenizer, settings):
+    "Accuracies of an intact model, in the form of a report."
+    from linearpatch.evaluation import compare_tasks, evaluate_tasks
+    scores = evaluate_tasks(model, tokenizer, list(settings["tasks"]), settings.get("task_limit"), batch_size=settings.get("task_batch_size", 16), cache=settings.get("task_cache"))
+    return dict(tasks=compare_tasks(dict(dense=scores)))
+
+# %% ../nbs/15_reproduce.ipynb #r15c0069
 def _dense_report(model, tokenizer, settings, machine, progress):
     "The perplexities of an intact model, in the form of a report."
     from linearpatch.calibration import load_windows
@@ -541,9 +563,10 @@ def _dense_report(model, tokenizer, settings, machine, progress):
         corpus, _, split = source.partition(":")
         texts[source] = load_windows(corpus, tokenizer, split or "heldout", settings["seq_len"], samples=None, seed=machine["seed"], bos=settings["bos"])
     if isinstance(model, str): model, _ = load_model(model, machine["dtype"], machine["device_map"], machine["trust_remote_code"])
-    return dict(perplexity={c: dict(dense=perplexity(model, w, machine["batch_size"], progress)) for c, w in texts.items()}, patches=[])
+    more = _dense_tasks(model, tokenizer, settings) if settings.get("tasks") else {}
+    return more | dict(perplexity={c: dict(dense=perplexity(model, w, machine["batch_size"], progress)) for c, w in texts.items()}, patches=[])
 
-# %% ../nbs/15_reproduce.ipynb #r15c0068
+# %% ../nbs/15_reproduce.ipynb #r15c0070
 def _where(recipe):
     "What `from_pretrained` takes: the name on the Hub, or the folder of a pinned revision."
     hub, revision = recipe.model["hub"], recipe.model["revision"]
@@ -560,8 +583,9 @@ def _command(recipe, out, dry_run, tasks, samples, machine):
     words += ["--trust-remote-code"] * machine["trust_remote_code"]
     return shlex.join(words + ([] if out is None else ["--out", str(out)]))
 
-# %% ../nbs/15_reproduce.ipynb #r15c0069
+# %% ../nbs/15_reproduce.ipynb #r15c0071
 RECORD = "reproduction.json"
+HAS_TASKS = hasattr(Job, "tasks") # can a run measure tasks?
 
 def run_recipe(
     name:str,                # of a recipe
@@ -581,14 +605,14 @@ def run_recipe(
     "Run a published row and put what was measured beside what was printed; ValueError, before anything is loaded, for what is missing."
     recipe = find_recipe(name)
     machine = dict(dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, trust_remote_code=trust_remote_code)
-    settings = job_settings(recipe, dry_run, samples)
+    settings = job_settings(recipe, dry_run, samples, tasks and HAS_TASKS)
     finished = _check_out(recipe, out, resume)
     if not dry_run: _announce(recipe, out, tasks, force, machine, progress)
     model, tokenizer = dry_model(recipe, seed) if dry_run else (_where(recipe), None)
     command = _command(recipe, out, dry_run, tasks, samples, machine)
     return _run_row(recipe, model, tokenizer, settings, machine, out, command, dry_run, tasks, resume, finished, progress)
 
-# %% ../nbs/15_reproduce.ipynb #r15c0070
+# %% ../nbs/15_reproduce.ipynb #r15c0072
 def _check_out(recipe, out, resume):
     "ValueError for a folder that is in use; True where it holds the finished student of an interrupted run of this recipe."
     from linearpatch.pruning import check_output
@@ -609,19 +633,26 @@ def _announce(recipe, out, tasks, force, machine, progress):
     need.seconds = need.flops / (EFFICIENCY * matmul_speed(device_of(machine["device_map"]), stored))
     if progress: print(f"linearpatch: {recipe.name} needs, roughly: {need}", file=sys.stderr, flush=True)
 
-# %% ../nbs/15_reproduce.ipynb #r15c0071
+# %% ../nbs/15_reproduce.ipynb #r15c0073
+def _task_folder():
+    "Where results of tasks are kept, so that an intact model is measured once for all of its rows."
+    from linearpatch.pipeline import task_cache
+    return task_cache()
+
+# %% ../nbs/15_reproduce.ipynb #r15c0074
 def _run_row(recipe, model, tokenizer, settings, machine, out, command, dry_run, tasks, resume, finished, progress):
     "The part of `run_recipe` behind the checks."
     from linearpatch.pipeline import run_job
     from linearpatch.report import Report
     if not dry_run: settings = settings | {k: machine[k] for k in ("batch_size", "dtype", "device_map", "trust_remote_code")}
+    if settings.get("tasks") and not dry_run: settings = settings | dict(task_cache=_task_folder())
     if finished: report = Report.load(out)
     elif recipe.row == "dense": report = _dense_report(model, tokenizer, settings, machine | dict(batch_size=settings["batch_size"]), progress)
     else:
         report = run_job(model, tokenizer, out=out, command=command, seed=machine["seed"], progress=progress,
                          resume=resume and "distill" in settings, **settings)
     rows = _from_report(report, recipe.job["eval"])
-    result = _reproduction(recipe, rows, command, dry_run, tasks, machine["device_map"])
+    result = _reproduction(recipe, rows, command, dry_run, bool(settings.get("tasks")), machine["device_map"])
     if out is not None: _write_record(result, out)
     return result
 
@@ -632,7 +663,7 @@ def _write_record(result, out):
     Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     with atomic_file(Path(out).expanduser() / RECORD) as partial: partial.write_text(json.dumps(plain(dict(result)), indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/15_reproduce.ipynb #r15c0074
+# %% ../nbs/15_reproduce.ipynb #r15c0077
 def reproduced() -> list: # of dicts: recipe, verdict, date, commit, hardware, seen
     "The results that have been reported."
     return _toml(RECIPES / "reproduced.toml").get("result", [])
@@ -649,7 +680,7 @@ def report_entry(
                 hardware=result["hardware"], seen="https://")
     return "\n".join(["[[result]]", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())])
 
-# %% ../nbs/15_reproduce.ipynb #r15c0075
+# %% ../nbs/15_reproduce.ipynb #r15c0078
 def status(
     recipe:Recipe,
 ) -> str: # "open", "not yet", or the latest verdict with its date and hardware
@@ -669,7 +700,7 @@ def expected_text(
              f"mean accuracy {acc['average']:.2f}" if "average" in acc and "retained" not in p else "", f"MMLU {acc['mmlu']:.2f}" if "mmlu" in acc else ""]
     return ", ".join(x for x in parts if x) or "open"
 
-# %% ../nbs/15_reproduce.ipynb #r15c0076
+# %% ../nbs/15_reproduce.ipynb #r15c0079
 def _heading(model, rows):
     "What is said of a model above its recipes."
     needs = [estimate(r) for r in rows]
