@@ -380,6 +380,12 @@ def dry_model(
     return model, tokenizer
 
 # %% ../nbs/15_reproduce.ipynb #r15c0052
+def _dry_tasks():
+    "A few items of two of the bundled tasks: so many that a model which guesses is right at least once."
+    from linearpatch.evaluation import OFFLINE
+    return dict(tasks=OFFLINE[:2], task_limit=20, task_batch_size=64)
+
+# %% ../nbs/15_reproduce.ipynb #r15c0053
 def job_settings(
     recipe:Recipe,
     dry_run=False, # for the tiny random model
@@ -392,12 +398,12 @@ def job_settings(
     if samples is not None:
         if recipe.row == "dense": raise ValueError(f"{recipe.name} calibrates nothing: leave --samples out")
         job["samples"] = samples
-    if tasks and recipe.tasks: job |= dict(tasks=("offline",), task_limit=2, task_batch_size=64) if dry_run else dict(tasks=recipe.tasks)
+    if tasks and recipe.tasks: job |= _dry_tasks() if dry_run else dict(tasks=recipe.tasks)
     if not dry_run: return job
     if "distill" in job: job |= _dry_training
     return job | _dry_job | dict(eval=("passages",)) | ({} if samples is None else dict(samples=samples))
 
-# %% ../nbs/15_reproduce.ipynb #r15c0055
+# %% ../nbs/15_reproduce.ipynb #r15c0056
 def _same_cut(a, b): return (removed_cuts(a), a.job.get("remove")) == (removed_cuts(b), b.job.get("remove"))
 
 def printed_beside(
@@ -411,7 +417,7 @@ def printed_beside(
         if r.row == "dense" or (_same_cut(r, recipe) and (r.row == "pruned" or r.row == "patched" and ways(r) == ways(recipe))): found.setdefault(r.row, r)
     return found
 
-# %% ../nbs/15_reproduce.ipynb #r15c0057
+# %% ../nbs/15_reproduce.ipynb #r15c0058
 def _task_figures(table, patch):
     "{row: {'accuracy': {task: percent}, 'retained': {'RP': percent}}} of the tasks in a report; RP is over the nine tasks, or over all there are."
     if not table: return {}
@@ -423,7 +429,7 @@ def _task_figures(table, patch):
     rp = lambda row: 100 * retained(few[row], few["dense"]).value
     return {row: dict(accuracy=a) | ({} if row == "dense" or not all(few["dense"].values()) else dict(retained=dict(RP=rp(row)))) for row, a in accuracy.items()}
 
-# %% ../nbs/15_reproduce.ipynb #r15c0058
+# %% ../nbs/15_reproduce.ipynb #r15c0059
 def _from_report(report, corpora):
     "{row: {'perplexity': {corpus: number}}} of a run, and sigma_d of its patch. A dry run's one text stands for every corpus."
     rows = {}
@@ -444,7 +450,7 @@ def _add_averages(rows):
             if all(p in have for p in parts): have["average"] = sum(have[p] for p in parts) / len(parts)
     return rows
 
-# %% ../nbs/15_reproduce.ipynb #r15c0059
+# %% ../nbs/15_reproduce.ipynb #r15c0060
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande", "wsc273", "race", "copa")
 RELATIVE = ("perplexity", "sigma") # their differences are relative; those of accuracies are points
 
@@ -468,7 +474,7 @@ def compare_figures(
 
 ROWS, FIGURES = ("dense", "pruned", "patched", "distilled"), ("perplexity", "accuracy", "retained", "sigma")
 
-# %% ../nbs/15_reproduce.ipynb #r15c0060
+# %% ../nbs/15_reproduce.ipynb #r15c0061
 def reproduction_verdict(
     recipe:Recipe,
     lines:list,    # of `compare_figures`
@@ -481,7 +487,7 @@ def reproduction_verdict(
     if any(l["within"] is False for l in own): return "not reproduced"
     return "reproduced" if all(l["within"] for l in own) else "in part"
 
-# %% ../nbs/15_reproduce.ipynb #r15c0063
+# %% ../nbs/15_reproduce.ipynb #r15c0064
 def _gap(group, x, sign="+"):
     "A difference as text: relative for perplexities, in points for accuracies."
     return "" if x is None else f"{x:{sign}.1%}" if group in RELATIVE else f"{x:{sign}.2f}"
@@ -504,7 +510,7 @@ class Reproduction(dict):
         text = ["  ".join(t.ljust(w) if i in (0, 1, 6) else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *body]]
         return "\n".join([self["title"], "", text[0], "-" * max(map(len, text)), *text[1:], "", *self["remarks"]])
 
-# %% ../nbs/15_reproduce.ipynb #r15c0064
+# %% ../nbs/15_reproduce.ipynb #r15c0065
 def describe_hardware(
     device_map=None, # as for `load_model`
 ) -> str:
@@ -520,7 +526,7 @@ def source_commit() -> str: # 40 hexadecimal digits; "" where the package does n
     try: return git("rev-parse", "HEAD") if (here / ".git").exists() and not git("status", "--porcelain", "--", "linearpatch") else ""
     except (OSError, subprocess.CalledProcessError): return ""
 
-# %% ../nbs/15_reproduce.ipynb #r15c0065
+# %% ../nbs/15_reproduce.ipynb #r15c0066
 def _remarks(recipe, verdict, dry_run, tasks):
     "The sentences below the table."
     if dry_run: out = [f"DRY RUN: a random model, {DRY_WIDTH} channels wide, and the bundled passages in the place of every text. The numbers mean nothing."]
@@ -531,7 +537,7 @@ def _remarks(recipe, verdict, dry_run, tasks):
     if not tasks and recipe.tasks: notes.append("The tasks were left out.")
     return out + ["note: " + n for n in notes if n]
 
-# %% ../nbs/15_reproduce.ipynb #r15c0066
+# %% ../nbs/15_reproduce.ipynb #r15c0067
 def _reproduction(recipe, rows, command, dry_run, tasks, device_map):
     "Everything that is kept of a run of a recipe."
     from datetime import date
@@ -542,14 +548,14 @@ def _reproduction(recipe, rows, command, dry_run, tasks, device_map):
                         remarks=_remarks(recipe, verdict, dry_run, tasks), command=command, date=date.today().isoformat(), versions=versions(),
                         commit=source_commit(), hardware=describe_hardware(device_map))
 
-# %% ../nbs/15_reproduce.ipynb #r15c0068
+# %% ../nbs/15_reproduce.ipynb #r15c0069
 def _dense_tasks(model, tokenizer, settings):
     "Accuracies of an intact model, in the form of a report."
     from linearpatch.evaluation import compare_tasks, evaluate_tasks
     scores = evaluate_tasks(model, tokenizer, list(settings["tasks"]), settings.get("task_limit"), batch_size=settings.get("task_batch_size", 16), cache=settings.get("task_cache"))
     return dict(tasks=compare_tasks(dict(dense=scores)))
 
-# %% ../nbs/15_reproduce.ipynb #r15c0069
+# %% ../nbs/15_reproduce.ipynb #r15c0070
 def _dense_report(model, tokenizer, settings, machine, progress):
     "The perplexities of an intact model, in the form of a report."
     from linearpatch.calibration import load_windows
@@ -566,7 +572,7 @@ def _dense_report(model, tokenizer, settings, machine, progress):
     more = _dense_tasks(model, tokenizer, settings) if settings.get("tasks") else {}
     return more | dict(perplexity={c: dict(dense=perplexity(model, w, machine["batch_size"], progress)) for c, w in texts.items()}, patches=[])
 
-# %% ../nbs/15_reproduce.ipynb #r15c0070
+# %% ../nbs/15_reproduce.ipynb #r15c0071
 def _where(recipe):
     "What `from_pretrained` takes: the name on the Hub, or the folder of a pinned revision."
     hub, revision = recipe.model["hub"], recipe.model["revision"]
@@ -583,7 +589,7 @@ def _command(recipe, out, dry_run, tasks, samples, machine):
     words += ["--trust-remote-code"] * machine["trust_remote_code"]
     return shlex.join(words + ([] if out is None else ["--out", str(out)]))
 
-# %% ../nbs/15_reproduce.ipynb #r15c0071
+# %% ../nbs/15_reproduce.ipynb #r15c0072
 RECORD = "reproduction.json"
 HAS_TASKS = hasattr(Job, "tasks") # can a run measure tasks?
 
@@ -612,7 +618,7 @@ def run_recipe(
     command = _command(recipe, out, dry_run, tasks, samples, machine)
     return _run_row(recipe, model, tokenizer, settings, machine, out, command, dry_run, tasks, resume, finished, progress)
 
-# %% ../nbs/15_reproduce.ipynb #r15c0072
+# %% ../nbs/15_reproduce.ipynb #r15c0073
 def _check_out(recipe, out, resume):
     "ValueError for a folder that is in use; True where it holds the finished student of an interrupted run of this recipe."
     from linearpatch.pruning import check_output
@@ -633,13 +639,13 @@ def _announce(recipe, out, tasks, force, machine, progress):
     need.seconds = need.flops / (EFFICIENCY * matmul_speed(device_of(machine["device_map"]), stored))
     if progress: print(f"linearpatch: {recipe.name} needs, roughly: {need}", file=sys.stderr, flush=True)
 
-# %% ../nbs/15_reproduce.ipynb #r15c0073
+# %% ../nbs/15_reproduce.ipynb #r15c0074
 def _task_folder():
     "Where results of tasks are kept, so that an intact model is measured once for all of its rows."
     from linearpatch.pipeline import task_cache
     return task_cache()
 
-# %% ../nbs/15_reproduce.ipynb #r15c0074
+# %% ../nbs/15_reproduce.ipynb #r15c0075
 def _run_row(recipe, model, tokenizer, settings, machine, out, command, dry_run, tasks, resume, finished, progress):
     "The part of `run_recipe` behind the checks."
     from linearpatch.pipeline import run_job
@@ -663,7 +669,7 @@ def _write_record(result, out):
     Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     with atomic_file(Path(out).expanduser() / RECORD) as partial: partial.write_text(json.dumps(plain(dict(result)), indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/15_reproduce.ipynb #r15c0077
+# %% ../nbs/15_reproduce.ipynb #r15c0078
 def reproduced() -> list: # of dicts: recipe, verdict, date, commit, hardware, seen
     "The results that have been reported."
     return _toml(RECIPES / "reproduced.toml").get("result", [])
@@ -680,7 +686,7 @@ def report_entry(
                 hardware=result["hardware"], seen="https://")
     return "\n".join(["[[result]]", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())])
 
-# %% ../nbs/15_reproduce.ipynb #r15c0078
+# %% ../nbs/15_reproduce.ipynb #r15c0079
 def status(
     recipe:Recipe,
 ) -> str: # "open", "not yet", or the latest verdict with its date and hardware
@@ -700,7 +706,7 @@ def expected_text(
              f"mean accuracy {acc['average']:.2f}" if "average" in acc and "retained" not in p else "", f"MMLU {acc['mmlu']:.2f}" if "mmlu" in acc else ""]
     return ", ".join(x for x in parts if x) or "open"
 
-# %% ../nbs/15_reproduce.ipynb #r15c0079
+# %% ../nbs/15_reproduce.ipynb #r15c0080
 def _heading(model, rows):
     "What is said of a model above its recipes."
     needs = [estimate(r) for r in rows]
