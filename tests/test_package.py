@@ -77,6 +77,7 @@ def test_the_wheel_holds_the_bundled_data(wheel):
     assert any(n.startswith("linearpatch/passages/heldout/") for n in packed)
     assert {"linearpatch/tasks/offline.yaml", "linearpatch/tasks/pairs_case.jsonl"} <= packed
     assert {f"linearpatch/{p.name}" for p in lib.glob("*.py")} <= packed
+    assert {f"linearpatch/recipes/{p.name}" for p in (lib / "recipes").glob("*.toml")} <= packed
 
 
 def test_licence(wheel, metadata):
