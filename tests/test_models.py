@@ -4,8 +4,9 @@ import pytest, torch, transformers as tf
 from linearpatch.models import *
 from tiny import CONFIGS, IDS, bypass, headed, llama, make, new_tokens, old
 
-PATHS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "gpt-j": "transformer.h", "gpt-neo": "transformer.h", "gpt-neox": "gpt_neox.layers",
-         "falcon": "transformer.h", "bloom": "transformer.h", "mpt": "transformer.blocks"}
+PATHS = {"opt": "model.decoder.layers", "opt-350m": "model.decoder.layers", "gpt2": "transformer.h", "gpt-j": "transformer.h", "gpt-neo": "transformer.h",
+         "gpt-neox": "gpt_neox.layers", "falcon": "transformer.h", "falcon-40b": "transformer.h", "bloom": "transformer.h", "mpt": "transformer.blocks",
+         "gemma3-images": "model.language_model.layers"}
 
 
 def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
