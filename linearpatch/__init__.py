@@ -28,6 +28,7 @@ _names = {
     "evaluation": "perplexity kl_divergence evaluate",
     "report": "Report save_report",
     "pipeline": "run_job distill_job",
+    "cli": "demo_settings",
 }
 
 # %% ../nbs/reference.ipynb #50001c43

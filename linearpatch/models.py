@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAYGROUND_SEQ_LEN', 'PLAYGROUND_REMOVE', 'playground_path', 'Cut', 'candidates', 'runs', 'check_cuts', 'text_config',
-           'check_decoder', 'layers_name', 'decoder_layers', 'n_layers', 'hidden_size', 'input_device', 'prune_config',
-           'remove_layers', 'check_folder', 'load_model', 'load_playground', 'fingerprint', 'seed_everything']
+           'check_decoder', 'layers_name', 'decoder_layers', 'n_layers', 'hidden_size', 'input_device', 'mlp_weights',
+           'mlp_module', 'mlp_gain', 'multiply_mlp', 'prune_config', 'remove_layers', 'check_folder', 'load_model',
+           'load_playground', 'fingerprint', 'seed_everything']
 
 # %% ../nbs/00_models.ipynb #2cb80c70
 import copy, hashlib, operator, random, re
@@ -15,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers import PreTrainedModel, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -175,6 +176,82 @@ def input_device(
     device = embed.weight.device
     if device.type != "meta": return device
     return torch.device(getattr(getattr(embed, "_hf_hook", None), "execution_device", None) or "cpu") # offloaded
+
+# %% ../nbs/00_models.ipynb #bad108af
+_mlp_out = {"down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2"} # names of the last matrix of an MLP
+
+def mlp_weights(
+    layer:nn.Module, # a decoder layer
+) -> list[tuple]:    # (path of a module in the layer, name of its weight)
+    "The weights that write a layer's MLP output: one matrix, or those of all experts; ValueError where there are none."
+    found = []
+    for path, module in layer.named_modules():
+        for key, p in module.named_parameters(recurse=False):
+            name = path.rpartition(".")[2] if key == "weight" else key
+            if name in _mlp_out and p.dim() > 1 and not re.search("attn|attention", path): found.append((path, key))
+    if not found: raise ValueError(f"{type(layer).__name__} has no MLP with a last matrix of a known name ({', '.join(sorted(_mlp_out))})")
+    return found
+
+def mlp_module(
+    layer:nn.Module, # a decoder layer
+) -> nn.Module:      # its output is the MLP's, (batch, tokens, C)
+    "Where a layer's MLP output can be seen: its last linear layer, or the whole of a mixture of experts."
+    paths = [path.split(".") for path, key in mlp_weights(layer)]
+    if len(paths) == 1 and mlp_weights(layer)[0][1] == "weight": return layer.get_submodule(".".join(paths[0]))
+    shared = [parts[0] for parts in zip(*paths) if len(set(parts)) == 1]
+    return layer.get_submodule(".".join(shared[:-1] if len(paths) == 1 else shared))
+
+# %% ../nbs/00_models.ipynb #0c7d04f9
+def _last_word(model, i, factor):
+    "On a few tokens: layer i's MLP output u, and what the layer hands on when u is multiplied by `factor`."
+    seen, layer = {}, decoder_layers(model)[i]
+    def multiply(module, args, out):
+        u = out[0] if isinstance(out, tuple) else out
+        seen["u"] = u.detach().float()
+        return (u * factor, *out[1:]) if isinstance(out, tuple) else u * factor
+    def keep(module, args, out): seen["x"] = (out[0] if isinstance(out, tuple) else out).detach().float()
+    handles = [mlp_module(layer).register_forward_hook(multiply), layer.register_forward_hook(keep)]
+    try:
+        with torch.no_grad(): model.base_model(torch.arange(8, device=input_device(model))[None] % text_config(model).vocab_size, use_cache=False)
+    finally:
+        for h in handles: h.remove()
+    return seen["u"].flatten(0, -2), seen["x"].flatten(0, -2)
+
+def mlp_gain(
+    model:PreTrainedModel, # a decoder-only language model
+    i:int,                 # which layer
+) -> float:                # r: the layer hands on a + r m
+    "How a layer's MLP output enters the stream: the factor r, measured; ValueError where it does not enter linearly."
+    (u, x), (_, twice) = _last_word(model, i, 1.), _last_word(model, i, 2.)
+    change, noise = twice - x, torch.finfo(model.dtype).eps * x.norm()
+    r = ((change * u).sum() / u.square().sum().clamp_min(1e-30)).item()
+    if not (change - r * u).norm() <= 0.02 * change.norm() + 2 * noise or change.norm() <= 2 * noise:
+        raise ValueError(f"the MLP of layer {i} of {type(model).__name__} does not write to the stream linearly (a norm stands between, "
+                         "or it is silent): nothing can be multiplied into its last matrix; choose a patch family without an MLP part")
+    return r
+
+# %% ../nbs/00_models.ipynb #b49e643b
+def _times_right(W, T, inputs_last):
+    "The weight of x -> f(x) @ T; `inputs_last`: W is (..., C, F), as in nn.Linear."
+    T = T.to(W.device)
+    return (T.T @ W.double() if inputs_last else W.double() @ T).to(W.dtype)
+
+def multiply_mlp(
+    layer:nn.Module, # a decoder layer, changed: its weights are replaced, not written to
+    T:Tensor,        # (C, C) float64
+):
+    "Make a layer's MLP write m @ T where it wrote m; ValueError for weights that cannot be multiplied."
+    for path, key in mlp_weights(layer):
+        module, C = layer.get_submodule(path), len(T)
+        W = getattr(module, key)
+        if W.device.type == "meta" or not W.is_floating_point():
+            raise ValueError(f"the weight {path}.{key} is {'not in memory' if W.device.type == 'meta' else W.dtype}: load the model without offloading and quantisation")
+        inputs_last = isinstance(module, nn.Linear) or (W.dim() == 3 and W.shape[1] == C)
+        if W.shape[-2 if inputs_last else -1] != C: raise ValueError(f"the weight {path}.{key} has shape {tuple(W.shape)}, which does not write {C} channels")
+        new = {key: _times_right(W.detach(), T, inputs_last)}
+        bias = "bias" if key == "weight" else f"{key}_bias"
+        if getattr(module, bias, None) is not None: new[bias] = _times_right(getattr(module, bias).detach()[..., None, :], T, False)[..., 0, :]
+        for k, v in new.items(): setattr(module, k, nn.Parameter(v, requires_grad=W.requires_grad))
 
 # %% ../nbs/00_models.ipynb #61ea5ddf
 _index_lists = { # lists of layer numbers

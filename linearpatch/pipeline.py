@@ -254,7 +254,11 @@ def _stage(job, what):
     if job.progress: print(f"linearpatch: {what}", file=sys.stderr, flush=True)
     yield
 
-def one_line(error): return " ".join(str(error).split())
+def one_line(
+    error, # an exception, or a text
+) -> str:  # without line breaks
+    "A message in one line."
+    return " ".join(str(error).split())
 
 # %% ../nbs/13_pipeline.ipynb #b9137323
 KL_TOKENS = 65536
