@@ -6,8 +6,10 @@ import re, tempfile
 from pathlib import Path
 import torch, transformers as tf
 from linearpatch.models import Cut, decoder_layers, n_layers, remove_layers
+from linearpatch.folding import fold
+from linearpatch.hadamard import make_rotation
 from linearpatch.pruning import load_student, prune, save_student
-from tiny import CONFIGS, IDS, bypass, make, new_tokens, random_patch
+from tiny import CONFIGS, IDS, FakePatch, bypass, make, new_tokens, random_patch
 
 PAGE = Path(__file__).resolve().parent.parent / "nbs" / "architectures.qmd"
 BEGIN, END = "<!-- written by tests/matrix.py -->", "<!-- end -->"
@@ -43,8 +45,8 @@ def written(model, ids, mask=None, n=6, **kw):
     return out.sequences[:, ids.shape[1]:], torch.stack(out.logits, 1)
 
 
-def same_text(a, b, what):
-    near(a[1], b[1], f"the scores {what}")
+def same_text(a, b, what, rtol=1e-4):
+    near(a[1], b[1], f"the scores {what}", rtol)
     assert torch.equal(a[0], b[0]), f"the tokens {what} differ"
 
 
@@ -93,7 +95,48 @@ def save(teacher):
     assert torch.equal(new_tokens(again), new_tokens(student)), "tokens differ after loading"
 
 
-STEPS = {"remove": remove, "patch": patch, "cache": cache, "left padding": padding, "save, load": save}
+def fold_scalar(teacher): folded_equals_patched(teacher, lambda g: 1.5 * torch.eye(32, dtype=torch.float64))
+def fold_rotation(teacher): folded_equals_patched(teacher, lambda g: 1.5 * torch.linalg.qr(torch.randn(32, 32, generator=g, dtype=torch.float64))[0])
+
+
+def folded_equals_patched(teacher, matrix):
+    "An exact fold, saved, and read by transformers alone: the same scores and tokens, and no parameter more than without a patch."
+    for where, cuts in CUTS.items():
+        g = torch.Generator().manual_seed(0)
+        student = prune(teacher, cuts, [FakePatch(matrix(g), c) for c in cuts], share=True)
+        near(logits(read_plainly(fold(student, share=True))), logits(student), "folded and patched", 1e-3)
+    folded = fold(student, share=True)
+    same_text(written(folded, IDS), written(student, IDS), "folded and patched", 1e-3)
+    untied = teacher.config.tie_word_embeddings and not folded.config.tie_word_embeddings
+    head = folded.get_output_embeddings().weight.numel() if untied else 0
+    assert count(folded) == count(remove_layers(teacher, cuts, share=True)) + head, "there are parameters that pruning alone has not"
+
+
+def fold_hadamard(teacher):
+    "LinearPatch's own patch, nearly exact: the distributions over the next token stay within 0.05 nats."
+    d = torch.linspace(0.9, 1.3, 32, dtype=torch.float64)
+    H = make_rotation(32).dense(torch.float64)
+    student = prune(teacher, CUTS["middle"], [FakePatch(H @ d.diag() @ H.T, CUTS["middle"][0])], share=True)
+    text = torch.randint(3, 64, (8, 16), generator=torch.Generator().manual_seed(1))
+    folded = read_plainly(fold(student, text, tolerance=0.05, share=True))
+    a, b = (logits(m, text).log_softmax(-1) for m in (student, folded))
+    assert (kl := (a.exp() * (a - b)).sum(-1).mean().item()) < 0.05, f"KL {kl:.2g} nats a token after loading"
+
+
+def count(model): return sum(p.numel() for p in model.parameters())
+
+
+def read_plainly(model):
+    "From disk, by transformers as for any model; nothing may be missing or left over."
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again, info = tf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=hasattr(model.config, "auto_map"))
+    assert not any(info.values()), f"the folder does not fit the class: {info}"
+    return again.eval()
+
+
+STEPS = {"remove": remove, "patch": patch, "cache": cache, "left padding": padding, "save, load": save,
+         "fold scalar": fold_scalar, "fold rotation": fold_rotation, "fold hadamard": fold_hadamard}
 
 
 def measure(name):

@@ -47,7 +47,7 @@ CONFIGS = {
         rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)),
     "deepseek-v3": lambda: tf.DeepseekV3Config(
         **{**llama, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-        first_k_dense_replace=2, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+        first_k_dense_replace=2, kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=10),
     "cohere": lambda: tf.CohereConfig(**llama, use_qk_norm=True),
     "cohere2": lambda: tf.Cohere2Config(**llama, sliding_window=4),
     "falcon": lambda: tf.FalconConfig(**gpt),
