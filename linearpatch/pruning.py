@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from .models import Cut, check_cuts, check_folder, decoder_layers, fingerprint, hidden_size, input_device
+from .models import Cut, check_cuts, check_folder, decoder_layers, fingerprint, hidden_size, input_device, mlp_gain, multiply_mlp
 from .models import n_layers, remove_layers
 
 # %% ../nbs/07_pruning.ipynb #5ef2f036
@@ -56,6 +56,18 @@ def interfaces(
         out.append((c.stop - gone, "input") if c.stop < n_layers else (n_layers - gone - 1, "output"))
     return out
 
+# %% ../nbs/07_pruning.ipynb #708ae9ad
+def _mlp_part(patch):
+    "T of a patch, or an empty tensor."
+    return torch.empty(0) if getattr(patch, "mlp", None) is None else patch.mlp
+
+def _check_mlp(model, cuts, patches):
+    "ValueError where a patch has an MLP part that this model has no place for."
+    for c, p in zip(cuts, patches):
+        if p is None or not len(_mlp_part(p)): continue
+        if c.start == 0: raise ValueError(f"the patch of {c} has an MLP part, but no layer is left before the cut: fit it on this model")
+        mlp_gain(model, c.start - 1)
+
 # %% ../nbs/07_pruning.ipynb #8db59305
 def _match(patches, cuts, hidden, dtype):
     "The patch of each cut (None: none); ValueError for one that is missing, left over, of a wrong size or not finite."
@@ -66,10 +78,11 @@ def _match(patches, cuts, hidden, dtype):
         raise ValueError(f"patches for {[p.cut for p in patches]} do not fit the cuts {cuts}: fit exactly one "
                          "for each contiguous run of removed layers (linearpatch.check_cuts lists the runs)")
     for c, p in by_cut.items():
-        if tuple(p.matrix.shape) != (hidden, hidden):
-            raise ValueError(f"the patch of {c} has shape {tuple(p.matrix.shape)}, the model needs ({hidden}, {hidden}): "
-                             "fit it on this model")
-        if not torch.isfinite(p.matrix.to(dtype)).all():
+        for matrix in [m for m in (p.matrix, getattr(p, "mlp", None)) if m is not None]:
+            if tuple(matrix.shape) != (hidden, hidden):
+                raise ValueError(f"the patch of {c} has shape {tuple(matrix.shape)}, the model needs ({hidden}, {hidden}): "
+                                 "fit it on this model")
+        if not torch.isfinite(p.matrix.to(dtype)).all() or not _mlp_part(p).isfinite().all():
             raise ValueError(f"the patch of {c} holds NaN or infinity in {dtype}: look at the calibration "
                              "(linearpatch diagnose), or give it more range, prune(..., dtype=torch.float32)")
     return [by_cut[c] for c in cuts]
@@ -92,7 +105,7 @@ def prune(
     share=False,           # a new student over the teacher's own weight tensors
     dtype=None,            # of the patches, such as torch.float32; None: that of the layer they sit on
 ) -> PreTrainedModel:      # the student
-    """Remove the layers of `cuts` and put a patch P, (C, C), at each interface: h @ P.
+    """Remove the layers of `cuts` and put a patch P, (C, C), at each interface: h @ P; a patch's T goes into the MLP before it.
 
     ValueError, before anything changes, for cuts or patches that do not fit."""
     if getattr(model.config, "linearpatch", None):
@@ -102,11 +115,17 @@ def prune(
     cuts = check_cuts(cuts, n)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     patches = _match(patches, cuts, hidden, dtype or model.dtype)
-    record = {"version": 1, "n_layers": n, "cuts": [[c.start, c.stop] for c in cuts], "patches": [],
+    _check_mlp(model, cuts, patches)
+    record = {"version": 1, "n_layers": n, "cuts": [[c.start, c.stop] for c in cuts], "patches": [], "folded": [],
               "teacher": {"name": str(getattr(model.config, "_name_or_path", "")), "fingerprint": fingerprint(model)}}
     student = remove_layers(model, cuts, inplace=inplace, share=share)
     for c, p, (i, side) in zip(cuts, patches, interfaces(cuts, n)):
-        if p is None or p.family == "none": continue
+        if p is None: continue
+        if len(_mlp_part(p)):
+            before = i - 1 if side == "input" else i
+            multiply_mlp(decoder_layers(student)[before], p.mlp)
+            record["folded"].append({"cut": [c.start, c.stop], "family": p.family, "layer": before})
+        if torch.equal(p.matrix, torch.eye(hidden).to(p.matrix)): continue # nothing to multiply by
         layer = decoder_layers(student)[i]
         device, own = _place(student, layer)
         with torch.no_grad(): weight = p.matrix.T.to(device=device, dtype=dtype or own, copy=True).contiguous()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .models import (Cut, candidates, check_cuts, decoder_layers, input_device, n_layers,
                                 remove_layers, runs)
-from .mismatch import layer_states
+from .mismatch import layer_states, mlp_states
 from .fusion import NEEDS_MOMENTS, check_family, fit_patch
 
 # %% ../nbs/06_selection.ipynb #4752ff92
@@ -279,6 +279,14 @@ def _exp(x):
     "exp that gives infinity where it overflows."
     return torch.tensor(x, dtype=torch.float64).exp().item()
 
+# %% ../nbs/06_selection.ipynb #4937e676
+def _states(model, cuts, patches, ids, mask):
+    "One run of the intact model: {s: X^(s)} and {s: its MLP part} as far as the cuts and patches need them, and the logits."
+    states, parts, starts = {}, {}, {cut.start for cut in cuts}
+    watched = {cut.start - 1 for cut in cuts if getattr(patches[cut], "mlp", None) is not None}
+    with mlp_states(model, watched, lambda l, m: parts.update({l: m})), layer_states(model, lambda l, x: states.update({l: x}) if l in starts else None):
+        return states, parts, run_model(model, ids, mask)
+
 # %% ../nbs/06_selection.ipynb #6af6f30d
 @torch.no_grad()
 def score_cuts(
@@ -298,10 +306,9 @@ def score_cuts(
     marks = [len(windows) * share for share in (1/8, 1/4, 1/2)] if race else []
     mean = lambda cut: sums[cut][0] / max(sums[cut][1], 1)
     for ids, mask in _batches(windows, batch_size, "score cuts", progress):
-        states, starts = {}, {cut.start for cut in alive}
-        with layer_states(model, lambda l, x: states.update({l: x}) if l in starts else None): intact = run_model(model, ids, mask)
+        states, parts, intact = _states(model, alive, patches, ids, mask)
         for cut in alive:
-            state = states[cut.start] if patches[cut] is None else patches[cut].apply(states[cut.start])
+            state = states[cut.start] if patches[cut] is None else patches[cut].apply(states[cut.start], parts.get(cut.start))
             logits = suffixes[cut.stop](state, ids, mask)
             value, real = token_kl(intact, logits, mask) if objective == "kl" else token_nll(logits, ids, mask)
             real &= windows.scored[seen:seen + len(ids), 1:].to(real.device)

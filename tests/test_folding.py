@@ -128,7 +128,7 @@ def test_places(name, kind, where):
     folded = fold(student)
     assert folded.folding.exact and distance(folded, student) < 1e-4
     assert_plain(folded, teacher, student)
-    assert len(folded.config.linearpatch["folded"]["patches"]) == len(CUTS[where])
+    assert [p["cut"] for p in folded.config.linearpatch["folded"]] == [[c.start, c.stop] for c in CUTS[where]]
 
 
 @pytest.mark.parametrize("kind", P)
@@ -164,7 +164,7 @@ def test_teacher_and_student_stay_as_they_are():
     old = logits(student)
     folded = fold(student)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and torch.equal(logits(student), old)
-    assert len(patch_modules(student)) == 1 and student.config.tie_word_embeddings and "folded" not in student.config.linearpatch
+    assert len(patch_modules(student)) == 1 and student.config.tie_word_embeddings and student.config.linearpatch["folded"] == []
     theirs = {p.data_ptr() for p in [*teacher.parameters(), *student.parameters()]}
     assert not any(p.data_ptr() in theirs for p in folded.parameters()), "the folded model has tensors of its own"
     shared = fold(student, share=True)
@@ -247,7 +247,7 @@ def test_saved_student_folds_and_loads_plainly(tmp_path):
     folded = fold(load_student(tmp_path / "s"))
     save_student(folded, tmp_path / "f")
     again = load_student(tmp_path / "f")
-    assert torch.equal(logits(again), logits(folded)) and again.config.linearpatch["folded"]["exact"]
+    assert torch.equal(logits(again), logits(folded)) and again.config.linearpatch["folded"][0]["exact"]
 
 
 # -- refusals

@@ -1,9 +1,11 @@
 "P and the other families against their defining properties."
 import pytest, torch
-from linearpatch.fusion import FAMILIES, NEEDS_MOMENTS, fit_patch, fuse, least_squares, procrustes
+from linearpatch.calibration import Windows
+from linearpatch.fusion import FAMILIES, NEEDS_MOMENTS, Patch, fit_patch, foldable_least_squares, fuse, joint_least_squares, least_squares, mlp_least_squares, procrustes
 from linearpatch.hadamard import make_rotation
-from linearpatch.mismatch import collect
-from linearpatch.models import Cut
+from linearpatch.mismatch import Moments, collect, layer_states, mlp_states
+from linearpatch.models import Cut, decoder_layers, n_layers
+from linearpatch.pruning import patch_modules, prune
 from linearpatch.scaling import channel_scale
 from test_mismatch import states, windows
 from tiny import make
@@ -87,10 +89,13 @@ def test_recovers_a_linear_map():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patches_apply_to_row_vectors(fitted, family):
     patch = fit_patch(fitted[0], CUT, family)
-    h = torch.randn(2, 3, 32)
-    torch.testing.assert_close(patch.apply(h), (h.double() @ patch.matrix).float(), rtol=1e-4, atol=1e-5)
+    h, m = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    T = torch.eye(32).double() if patch.mlp is None else patch.mlp
+    expected = (h.double() - m.double() + m.double() @ T) @ patch.matrix
+    torch.testing.assert_close(patch.apply(h, m), expected.float(), rtol=1e-4, atol=1e-4)
     assert patch.cut == CUT and patch.family == family and family in repr(patch)
-    assert patch.distance == 0 if family == "none" else patch.distance > 0
+    assert patch.distance == 0 if family in ("none", "mlp") else patch.distance > 0
+    assert (patch.mlp is not None) == (family in ("mlp", "foldable", "joint"))
 
 
 def test_averaging_reaches_the_scale(fitted):
@@ -109,3 +114,108 @@ def test_bad_input(fitted):
     with pytest.raises(ValueError, match="one number a channel"): fuse(torch.ones(31), make_rotation(32))
     for family in NEEDS_MOMENTS:
         with pytest.raises(ValueError, match="needs the second moments.*moments="): fit_patch(bare, CUT, family)
+
+
+# -- a second matrix, for the MLP before the cut
+
+def planted(C=16, N=4000, seed=0):
+    "Tokens whose y is x P + m B: the sums of them, and the matrices."
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)
+    m = draw(N, C) @ draw(C, C)
+    x, P, B = draw(N, C) + m, draw(C, C), draw(C, C)
+    return x, m, P, B
+
+
+def sums(x, m, y):
+    w = 1 / (x.norm(dim=1) * y.norm(dim=1))
+    wx, wm = x * w[:, None], m * w[:, None]
+    return Moments(wx.T @ x, wx.T @ y, w.sum().item(), x.T @ y, x.square().sum().item(), wm.T @ m, wx.T @ m, wm.T @ y), w
+
+
+def test_joint_least_squares_agrees_with_lstsq_of_the_stacked_regressors():
+    x, m, P, B = planted()
+    y = x @ P + m @ B + torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moments, w = sums(x, m, y)
+    found = joint_least_squares(moments, torch.eye(16).double(), 0.)
+    root = w.sqrt()[:, None]
+    expected = torch.linalg.lstsq(root * torch.cat([x, m], 1), root * y).solution
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_foldable_is_the_best_of_its_kind():
+    "No other scaled rotation, each with its own best B, has a smaller sum of squares."
+    x, m, P, B = planted()
+    y = x @ P + m @ B
+    moments, w = sums(x, m, y)
+    def cost(P):
+        e = x @ P + m @ mlp_least_squares(moments, P, 1e-9) - y
+        return (w * e.square().sum(1)).sum().item()
+    P, _ = foldable_least_squares(moments, 1e-9)
+    torch.testing.assert_close(P @ P.T, (P @ P.T)[0, 0] * torch.eye(16).double(), atol=1e-8, rtol=0)
+    best, g = cost(P), torch.Generator().manual_seed(2)
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(5):
+            A = size * torch.randn(16, 16, generator=g, dtype=torch.float64)
+            assert cost(P @ torch.linalg.matrix_exp(A - A.T)) > best and cost(P * (1 + size)) > best and cost(P * (1 - size)) > best
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3-moe", "qwen2-moe", "gpt2", "opt", "gpt-neox", "falcon"])
+@pytest.mark.parametrize("family", ["mlp", "foldable", "joint"])
+def test_the_student_computes_x_P_plus_m_B(name, family):
+    "Independently of every hook of the library: with P at the interface and T in the last matrix, h = a P + m T P."
+    teacher, cut = make(name), Cut(2, 4)
+    windows = Windows(torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0)))
+    stats = collect(teacher, windows, cuts=[cut], moments=[cut], batch_size=3)
+    assert stats.moments[cut].has_mlp
+    patch = fit_patch(stats, cut, family)
+    seen = {}
+    with torch.no_grad():
+        with layer_states(teacher, lambda l, x: seen.update({l: x})), mlp_states(teacher, [1], lambda l, m: seen.update(m=m)): teacher(windows.ids, use_cache=False)
+        expected = (seen[2] - seen["m"] + seen["m"] @ patch.mlp.float()) @ patch.matrix.float()
+        torch.testing.assert_close(patch.apply(seen[2], seen["m"]), expected, rtol=1e-4, atol=1e-4)
+        student, got = prune(teacher, cut, patch), {}
+        handle = decoder_layers(student)[2].register_forward_pre_hook(lambda l, a, k: got.update(h=a[0] if a else k["hidden_states"]), with_kwargs=True)
+        student(windows.ids, use_cache=False)
+        handle.remove()
+    torch.testing.assert_close(got["h"], expected, rtol=1e-3, atol=1e-3)
+    assert len(patch_modules(student)) == (family != "mlp") and student.config.linearpatch["folded"] == [{"cut": [2, 4], "family": family, "layer": 1}]
+
+
+@pytest.mark.parametrize("name,cut", [("gemma2", Cut(2, 4)), ("gemma3", Cut(2, 4)), ("llama", Cut(0, 2))])
+def test_without_an_mlp_that_writes_linearly_the_rest_is_fitted(name, cut):
+    teacher = make(name)
+    windows = Windows(torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0)))
+    stats = collect(teacher, windows, cuts=[cut], moments=[cut])
+    assert not stats.moments[cut].has_mlp
+    for family, rest in (("mlp", "none"), ("foldable", "procrustes"), ("joint", "lstsq")):
+        a, b = fit_patch(stats, cut, family, ridge=0.1), fit_patch(stats, cut, rest, ridge=0.1)
+        assert a.mlp is None and torch.equal(a.matrix, b.matrix)
+        prune(teacher, cut, a)
+
+
+def test_moments_add_up_and_do_not_depend_on_the_batch():
+    teacher, cut = make("llama"), Cut(2, 4)
+    windows = Windows(torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0)))
+    one, many = (collect(teacher, windows, cuts=[cut], moments=[cut], batch_size=b) for b in (1, 6))
+    halves = collect(teacher, windows[:2], cuts=[cut], moments=[cut]) + collect(teacher, windows[2:], cuts=[cut], moments=[cut])
+    for other in (many, halves):
+        for k in ("xx", "xy", "mm", "xm", "my"): torch.testing.assert_close(getattr(one.moments[cut], k), getattr(other.moments[cut], k), rtol=1e-5, atol=1e-6)
+
+
+def test_a_patch_for_an_mlp_is_refused_where_there_is_none():
+    patch = lambda cut: Patch(torch.eye(32).double(), "mlp", cut, mlp=2 * torch.eye(32).double())
+    with pytest.raises(ValueError, match="no layer is left before the cut"): prune(make("llama"), Cut(0, 2), patch(Cut(0, 2)))
+    teacher = make("gemma2")
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    with pytest.raises(ValueError, match="a norm stands between"): prune(teacher, Cut(2, 4), patch(Cut(2, 4)), inplace=True)
+    assert n_layers(teacher) == 6 and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    with pytest.raises(ValueError, match=r"shape \(8, 8\)"): prune(make("llama"), Cut(2, 4), Patch(torch.eye(32).double(), "mlp", Cut(2, 4), mlp=torch.eye(8).double()))
+
+
+def test_the_teacher_keeps_its_mlp_when_weights_are_shared():
+    teacher = make("llama")
+    W = decoder_layers(teacher)[1].mlp.down_proj.weight
+    student = prune(teacher, Cut(2, 4), Patch(torch.eye(32).double(), "mlp", Cut(2, 4), mlp=2 * torch.eye(32).double()), share=True)
+    assert decoder_layers(teacher)[1].mlp.down_proj.weight is W
+    torch.testing.assert_close(decoder_layers(student)[1].mlp.down_proj.weight, 2 * W)
