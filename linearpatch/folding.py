@@ -332,7 +332,7 @@ def _obstacle(plan, home):
                     "where it is (scalar; hadamard where the width is a power of two)")
     return None
 
-# %% ../nbs/08_folding.ipynb #31a5e962
+# %% ../nbs/08_folding.ipynb #a5c8dcfe
 PROBE_TOKENS = 8192 # tokens on which a fold is compared with the patched student
 
 def _compare(student, folded, batches):
@@ -347,7 +347,7 @@ def _compare(student, folded, batches):
     n, kl, one, other = total.tolist()
     return max(kl / n, 0.), (math.exp(one / n), math.exp(other / n)), largest
 
-# %% ../nbs/08_folding.ipynb #d5addbe5
+# %% ../nbs/08_folding.ipynb #03a4aa68
 @dataclass
 class Folding:
     "What a fold did and what it cost, measured on its windows (or on random tokens, if it had none)."
@@ -366,8 +366,8 @@ class Folding:
         return (f"Folding {'exact' if self.exact else 'approximate'}, home {self.home:g}: KL {self.kl:.1e} nats a token, "
                 f"perplexity {change:+.2%}{spread}{', head untied' if self.untied else ''}")
 
-# %% ../nbs/08_folding.ipynb #1ae7a6c3
-def _first_difference(student, folded, plan, basis, ids, mask, allowed):
+# %% ../nbs/08_folding.ipynb #051a4b71
+def _first_difference(student, folded, basis, ids, mask, allowed):
     "The first layer behind which the folded stream is not x B."
     streams = []
     for model in (student, folded):
@@ -380,11 +380,10 @@ def _first_difference(student, folded, plan, basis, ids, mask, allowed):
         streams.append(kept)
     n = len(streams[0])
     for i, (x, y) in enumerate(zip(*streams)):
-        B = basis(i) if i + 1 < n else basis(i) if (n not in plan.at) else basis(n)
-        if (x @ B - y).norm() > allowed * y.norm(): return f"behind layer {i}"
+        if (x @ basis(i if i + 1 < n else n) - y).norm() > allowed * y.norm(): return f"behind layer {i}"
     return "behind the last layer"
 
-# %% ../nbs/08_folding.ipynb #9921cd71
+# %% ../nbs/08_folding.ipynb #2e87d6f5
 def _check(student, folded, plan, basis, constants, batch):
     "ValueError unless, with exact norms, the folded student computes what the patched one does."
     want = run_model(student, *batch).float()
@@ -393,11 +392,11 @@ def _check(student, folded, plan, basis, constants, batch):
         got = run_model(folded, *batch).float()
         error = ((got - want).norm() / (want - want.mean(-1, keepdim=True)).norm()).item()
         if error <= allowed: return
-        where = _first_difference(student, folded, plan, basis, *batch, allowed)
+        where = _first_difference(student, folded, basis, *batch, allowed)
     raise ValueError(f"{plan.name} cannot be folded: {where} something touches the stream that is neither a known reader nor a known writer "
                      f"(the logits differ by {error:.1%}, where theory allows none); keep the student unfolded")
 
-# %% ../nbs/08_folding.ipynb #c6b358c7
+# %% ../nbs/08_folding.ipynb #52fa8c40
 def _attempt(student, plan, home, batches, probe):
     "(folded student, Folding) for one home; ValueError where the model is not what `anatomy` takes it for."
     basis, exact = plan.basis(home), plan.exact(home)
@@ -413,7 +412,7 @@ def _attempt(student, plan, home, batches, probe):
     _check(student, folded, plan, basis, constants, probe[0])
     return folded, Folding(exact, home, *_compare(student, folded, probe), untied, constants, spread)
 
-# %% ../nbs/08_folding.ipynb #e5d4d85d
+# %% ../nbs/08_folding.ipynb #97c06366
 def _check_student(student, tolerance, inplace, share):
     "ValueError for anything that can be known before any computation."
     name = type(student).__name__
@@ -426,7 +425,7 @@ def _check_student(student, tolerance, inplace, share):
         if not p.is_floating_point() or p.element_size() < 2:
             raise ValueError(f"{path} is quantised ({p.dtype}): fold the student before it is quantised")
 
-# %% ../nbs/08_folding.ipynb #01d61991
+# %% ../nbs/08_folding.ipynb #3a00a4df
 def _batches(student, windows, batch_size):
     "Pairs (ids, mask); random tokens where there is no text."
     if windows is None:
@@ -449,7 +448,7 @@ def _options(plan, home, windows):
     if windows is None: raise ValueError("this patch is no scalar and no scaled rotation, so its fold is not exact: give calibration windows, fold(student, windows)")
     return possible
 
-# %% ../nbs/08_folding.ipynb #b599688e
+# %% ../nbs/08_folding.ipynb #946f1205
 def _own(folded, student, inplace, share):
     "The folded model with tensors of its own, or moved into the student itself, or as it is."
     if inplace:
@@ -469,11 +468,11 @@ def _own(folded, student, inplace, share):
                 store[key] = copies.setdefault(id(t), new)
     return folded
 
-# %% ../nbs/08_folding.ipynb #f059d97a
+# %% ../nbs/08_folding.ipynb #d7ef0395
 @torch.no_grad()
 def fold(
     student:PreTrainedModel, # what `prune` or `load_student` returned
-    windows=None,            # calibration `Windows`; an exact fold needs none
+    windows=None,            # calibration `Windows`, or a function that makes them if they are needed: an exact fold needs none
     tolerance:float=0.01,    # refuse a fold whose KL from the patched student is above this, nats a token
     force:bool=False,        # ... unless forced
     inplace:bool=False,      # turn the student itself into the folded model
@@ -490,6 +489,7 @@ def fold(
     try:
         plan = _Plan(student)
         options = _options(plan, home, windows)
+        if callable(windows): windows = None if plan.exact(options[0]) else windows()
         batches = _batches(student, windows, batch_size)
         probe = batches[:max(1, PROBE_TOKENS // batches[0][0].numel())]
         folded, report = min((_attempt(student, plan, h, batches, probe) for h in options), key=lambda a: a[1].kl)
@@ -499,7 +499,7 @@ def fold(
                          "fold another family, keep the student unfolded, or fold it all the same with force=True")
     folded = _own(folded, student, inplace, share).train(was)
     record = getattr(folded.config, "linearpatch", None) or {}
-    did = {"exact": report.exact, "home": report.home, "kl": report.kl, "patches": record.get("patches", [])}
-    folded.config.linearpatch = record | {"patches": [], "folded": did}
+    did = [p | {"exact": report.exact, "home": report.home, "kl": report.kl} for p in record.get("patches", [])]
+    folded.config.linearpatch = record | {"patches": [], "folded": [*record.get("folded", []), *did]}
     folded.folding = report
     return folded
