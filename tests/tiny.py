@@ -32,6 +32,8 @@ CONFIGS = {
     "gemma3-images": lambda: tf.Gemma3Config(
         text_config=tf.Gemma3TextConfig(**headed, sliding_window=4, query_pre_attn_scalar=8).to_dict(), vision_config=vision,
         mm_tokens_per_image=4, boi_token_index=60, eoi_token_index=61, image_token_index=62, bos_token_id=0, eos_token_id=1, pad_token_id=2),
+    "gemma4": lambda: tf.Gemma4TextConfig(**headed, sliding_window=4, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True,
+                                          hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"] * 3),
     "phi": lambda: tf.PhiConfig(**llama),
     "phi3": lambda: tf.Phi3Config(**llama),
     "olmo2": lambda: tf.Olmo2Config(**llama),
