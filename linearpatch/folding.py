@@ -468,7 +468,7 @@ def _own(folded, student, inplace, share):
                 store[key] = copies.setdefault(id(t), new)
     return folded
 
-# %% ../nbs/08_folding.ipynb #d7ef0395
+# %% ../nbs/08_folding.ipynb #80d1a00e
 @torch.no_grad()
 def fold(
     student:PreTrainedModel, # what `prune` or `load_student` returned
@@ -496,7 +496,7 @@ def fold(
     finally: student.train(was)
     if not (report.kl <= tolerance or force):
         raise ValueError(f"the fold would change the student: KL {report.kl:.2g} nats a token, above the tolerance of {tolerance:g} ({report}); "
-                         "fold another family, keep the student unfolded, or fold it all the same with force=True")
+                         "fold another family, keep the student unfolded, or fold it all the same with force=True (--force)")
     folded = _own(folded, student, inplace, share).train(was)
     record = getattr(folded.config, "linearpatch", None) or {}
     did = [p | {"exact": report.exact, "home": report.home, "kl": report.kl} for p in record.get("patches", [])]

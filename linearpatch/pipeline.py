@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache',
            'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'continuation', 'train_patch',
-           'run_job', 'student_folder', 'distill_job', 'check_student', 'command_line']
+           'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student', 'fold_job', 'command_line']
 
 # %% ../nbs/13_pipeline.ipynb #7bfc0f17
 import contextlib
@@ -46,6 +46,7 @@ class Job:
     weight_decay: float = 0.     # pull toward the patch as it was fitted
     patience: Optional[int] = None # stop after so many measurements (of ten) without a gain
     gradient_checkpointing: bool = False # spare memory: compute activations again for the gradient
+    fold: bool = False           # save the student with its patch folded into the weights around it
     resume: bool = False         # go on with a distillation that was interrupted
     checkpoint: bool = True      # keep its state beside `out` while it runs
     bos: bool = True             # does every window begin with BOS?
@@ -92,6 +93,7 @@ def check_words(
     _check_source("--calibration", job.calibration, ("self",))
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
+    if job.fold and job.patch == "none": raise ValueError("--fold folds a patch, and --patch is none: choose another, such as hadamard")
     _check_training(job)
 
 # %% ../nbs/13_pipeline.ipynb #6d204b85
@@ -444,6 +446,17 @@ def _no_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
+# %% ../nbs/13_pipeline.ipynb #ddbf00a1
+def _fold_best(job, students, best, windows):
+    "Fold the student that will be saved, as `students['folded']`: (the name of what is saved, a note about it)."
+    from linearpatch.folding import fold
+    from linearpatch.pruning import patch_modules
+    if not patch_modules(students[best]): return best, "The patch was multiplied into the weights at once: the saved model is plain."
+    with _stage(job, "folding the patch into the weights"):
+        try: students["folded"] = fold(students[best], windows, share=True, batch_size=job.batch_size)
+        except ValueError as e: return best, f"Not folded, the saved model has its patch beside it: {one_line(e)}."
+    return "folded", f"The saved model is folded, plain transformers load it. {students['folded'].folding}."
+
 # %% ../nbs/13_pipeline.ipynb #34f95fd7
 def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
@@ -458,8 +471,10 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
             if job.distill:
                 students["distilled"] = prune(model, selection.cuts, saved, share=True, dtype="float32")
                 more["distillation"] = train_patch(job, students["distilled"], model, lessons, work)
+            if job.fold: best, why = _fold_best(job, students, best, windows)
             measured = measure(job, model, tokenizer, corpora, students)
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more)
+        if evaluate and job.fold: report["notes"].append(why)
         if folder is not None:
             with _stage(job, "figures and page"): save_report(report, folder, saved=f"{job.out}/model" if evaluate else None)
             if evaluate:
@@ -547,6 +562,16 @@ def distill_job(
     corpora = make_texts(replace(job, calibration="self"), tokenizer)[1]
     return _distill_saved(job, path, config, tokenizer, lessons, corpora, cache)
 
+# %% ../nbs/13_pipeline.ipynb #87950eb9
+def check_lengths(
+    job:Job, # the request
+    config,  # of a student
+):
+    "ValueError where windows are longer than the model can read."
+    from linearpatch.models import text_config
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    if longest and job.seq_len > longest: raise ValueError(f"--seq-len is {job.seq_len}, the model has {longest} positions: give less")
+
 # %% ../nbs/13_pipeline.ipynb #3e9f1a58
 def check_student(
     job:Job, # the request
@@ -555,8 +580,7 @@ def check_student(
 ):
     "ValueError where windows are too long, or the predictions would not fit on the disk."
     from linearpatch.models import text_config
-    longest = getattr(text_config(config), "max_position_embeddings", None)
-    if longest and job.seq_len > longest: raise ValueError(f"--seq-len is {job.seq_len}, the model has {longest} positions: give less")
+    check_lengths(job, config)
     place = work_folder(job.out) / "cache" if cache is None else Path(cache).expanduser()
     if cache is not None and place.absolute().is_relative_to(Path(job.out).expanduser().absolute()):
         raise ValueError(f"--cache {cache} lies in the output folder, which is only made at the end: give another place")
@@ -586,6 +610,35 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
         with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer)
     return result
 
+# %% ../nbs/13_pipeline.ipynb #6fa77ea4
+def fold_job(
+    folder,                 # what `run` wrote, or the model/ in it
+    out,                    # folder to write: a plain model, its tokenizer beside it
+    calibration="wikitext2", # text to fold with, where the fold is not exact
+    samples=32,             # windows of it
+    seq_len=2048,           # tokens in a window
+    tolerance=0.01,         # refuse a fold whose KL from the patched student is above this, nats a token
+    force=False,            # ... unless forced
+    **settings,             # further fields of `Job`: batch_size, bos, dtype, device_map, seed, trust_remote_code, progress
+):                          # a `Folding`
+    "Fold a student that was saved earlier into a plain checkpoint; ValueError for bad input or a fold that costs too much; nothing is written then."
+    from transformers import AutoTokenizer
+    from linearpatch.calibration import load_windows
+    from linearpatch.folding import fold
+    from linearpatch.pruning import load_student, save_student
+    path, config = student_folder(folder, settings.get("trust_remote_code", False))
+    job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
+    check_words(job)
+    check_lengths(job, config)
+    if job.calibration == "self": raise ValueError("--calibration self needs the intact model, and folding does not load it: give a text")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=job.trust_remote_code)
+    def text(): return load_windows(calibration, tokenizer, seq_len=seq_len, samples=samples, bos=job.bos, seed=job.seed)
+    with _stage(job, f"loading {path}"), _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
+    with _stage(job, "folding the patch into the weights"):
+        folded = fold(student, text, tolerance, force, share=True, batch_size=job.batch_size)
+    with _stage(job, "writing"), _no_bar(): save_student(folded, out, tokenizer)
+    return folded.folding
+
 # %% ../nbs/13_pipeline.ipynb #e609e570
 _options = dict(
     remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
@@ -611,6 +664,6 @@ def command_line(
         value = getattr(job, name)
         if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
     words += ["--compare"] * (command == "run" and bool(job.families))
-    words += ["--gradient-checkpointing"] * job.gradient_checkpointing
+    words += ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))

@@ -362,3 +362,85 @@ def test_trained_near(trained):
     folding = fold(students["hadamard"], windows).folding
     assert abs(folding.perplexity[1] / folding.perplexity[0] - 1) < 0.01 and folding.kl < 0.005 and max(folding.spread.values()) < 0.03
     with pytest.raises(ValueError, match="above the tolerance"): fold(students["lstsq"], windows)
+
+
+# -- the pipeline and the command line
+
+SMALL = dict(calibration="passages", seq_len=128, samples=32, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A run with --fold, and two without."
+    from linearpatch.pipeline import run_job
+    place = tmp_path_factory.mktemp("runs")
+    reports = {name: run_job("playground", remove=4, eval=("passages",), out=place / name, patch=patch, fold=name == "folded", **SMALL)
+               for name, patch in (("folded", "hadamard"), ("lstsq", "lstsq"), ("procrustes", "procrustes"))}
+    return place, reports
+
+
+def test_run_folds(saved):
+    place, reports = saved
+    report, config = reports["folded"], tf.AutoConfig.from_pretrained(place / "folded" / "model")
+    families = report["families"]["passages"]
+    assert families["folded"] == pytest.approx(families["hadamard"], rel=0.01) and families["folded"] != families["hadamard"]
+    assert any("folded" in note for note in report["notes"]) and "--fold" in report["command"]
+    assert config.linearpatch["patches"] == [] and config.linearpatch["folded"][0]["family"] == "hadamard"
+    plain, tokenizer = load_model(place / "folded" / "model")
+    from linearpatch.evaluation import perplexity
+    heldout = load_windows("passages", tokenizer, split="heldout", seq_len=128, samples=None)
+    assert perplexity(plain, heldout, 16) == pytest.approx(families["folded"], rel=1e-4)
+
+
+def test_run_says_why_not(tmp_path):
+    from linearpatch.pipeline import run_job
+    report = run_job("playground", remove=6, eval=("passages",), out=tmp_path / "r", patch="lstsq", fold=True, **SMALL)
+    assert any("Not folded" in note and "above the tolerance" in note for note in report["notes"]) and "folded" not in report["families"]["passages"]
+    assert len(patch_modules(load_student(tmp_path / "r" / "model"))) == 1
+    with pytest.raises(ValueError, match="--patch is none"): run_job("playground", remove=6, patch="none", fold=True, **SMALL)
+
+
+def test_fold_job(saved, tmp_path):
+    from linearpatch.pipeline import fold_job
+    place, _ = saved
+    def no_text(*a, **k): raise AssertionError("an exact fold needs no text")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("linearpatch.calibration.load_windows", no_text)
+        folding = fold_job(place / "procrustes", tmp_path / "exact", "passages", seq_len=128)
+    assert folding.exact
+    plain, student = load_model(tmp_path / "exact")[0], load_student(place / "procrustes" / "model")
+    ids = load_windows("passages", load_model(tmp_path / "exact")[1], seq_len=128, samples=2).ids
+    assert (logits(plain, ids) - logits(student, ids)).abs().max() < 1e-4
+    for call, words in [
+        (lambda: fold_job(place / "lstsq", tmp_path / "new", "passages", seq_len=128, samples=8, tolerance=1e-4), "above the tolerance of 0.0001"),
+        (lambda: fold_job(place / "folded", tmp_path / "new"), "holds no patched student"),
+        (lambda: fold_job(place / "nowhere", tmp_path / "new"), "there is no folder"),
+        (lambda: fold_job(place / "lstsq", tmp_path / "exact", "passages", seq_len=128), "not empty"),
+        (lambda: fold_job(place / "lstsq", tmp_path / "new", "no-text", seq_len=128), "neither a file nor"),
+        (lambda: fold_job(place / "lstsq", tmp_path / "new", "passages"), "positions: give less"),
+    ]:
+        with pytest.raises(ValueError, match=words): call()
+        assert not (tmp_path / "new").exists()
+
+
+def test_command(saved, tmp_path, capsys):
+    from linearpatch.cli import main
+    words = ["fold", str(saved[0] / "lstsq"), "--calibration", "passages", "--seq-len", "128", "--samples", "8", "--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as end: main([*words, "--tolerance", "0.0001"])
+    assert end.value.code == 2 and "--force" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit) as end: main([*words, "--tolerance", "0.0001", "--force"])
+    assert end.value.code == 0 and "Folding approximate" in capsys.readouterr().out
+    assert tf.AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.num_hidden_layers == 8
+
+
+def test_foldable_family_is_free(second_model):
+    "A scaled rotation of the stream and a matrix in the MLP before it: both vanish."
+    model, tokenizer = second_model
+    windows = load_windows("passages", tokenizer, seq_len=128, samples=48)
+    stats = collect(model, windows, n_remove=3, moments="all", batch_size=16)
+    cut = max((c for c in stats.cuts if c.start), key=stats.cosine.get)
+    patch = fit_patch(stats, cut, "foldable")
+    student = prune(model, cut, patch, share=True)
+    folded = fold(student)
+    assert patch.mlp is not None and folded.folding.exact and (logits(folded, windows.ids[:8]) - logits(student, windows.ids[:8])).abs().max() < 1e-4
+    assert [p["family"] for p in folded.config.linearpatch["folded"]] == ["foldable", "foldable"] # the MLP's part, then the rotation
