@@ -79,8 +79,8 @@ def check_words(
     job:Job, # the request
 ):
     "ValueError for anything in a request that is wrong whatever the model."
+    from linearpatch.checkpoint import check_output
     from linearpatch.fusion import FAMILIES
-    from linearpatch.pruning import check_output
     from linearpatch.selection import METRICS
     for name, least in (("remove", 1), ("samples", 1), ("seq_len", 2), ("batch_size", 1), ("distill_samples", 2), ("top_k", 2)):
         value, option = getattr(job, name), "--" + name.replace("_", "-")
@@ -142,14 +142,9 @@ def _location(job):
 # %% ../nbs/13_pipeline.ipynb #7dd4e8ae
 def _config(job):
     "The config of the model of a request, without its weights."
-    from transformers import AutoConfig
-    from linearpatch.models import check_folder
+    from linearpatch.models import check_folder, read_config
     if not isinstance(job.model, (str, Path)): return job.model.config
-    name = check_folder(_location(job))
-    try: return AutoConfig.from_pretrained(name, trust_remote_code=job.trust_remote_code)
-    except OSError as e:
-        raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none "
-                         "(check the spelling, the network and your access)") from e
+    return read_config(check_folder(_location(job)), job.trust_remote_code)
 
 # %% ../nbs/13_pipeline.ipynb #8a8d37d8
 def check_job(
@@ -460,7 +455,8 @@ def _fold_best(job, students, best, windows):
 # %% ../nbs/13_pipeline.ipynb #34f95fd7
 def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
-    from linearpatch.pruning import output_folder, prune, save_student
+    from linearpatch.checkpoint import output_folder, save_student
+    from linearpatch.pruning import prune
     from linearpatch.report import save_report
     families, best, more = (job.patch, *job.families) if evaluate else (), "distilled" if job.distill else job.patch, {}
     with _work_folder(job) as work, contextlib.nullcontext() if job.out is None else output_folder(job.out) as folder:
@@ -478,7 +474,7 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
         if folder is not None:
             with _stage(job, "figures and page"): save_report(report, folder, saved=f"{job.out}/model" if evaluate else None)
             if evaluate:
-                with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer)
+                with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer, card=report)
     return report
 
 # %% ../nbs/13_pipeline.ipynb #f5821e66
@@ -487,30 +483,22 @@ def student_folder(
     trust_remote_code=False, # run code that comes with the model?
 ) -> tuple: # (folder of the student, its config)
     "ValueError where there is no patched student."
-    from transformers import AutoConfig
-    from linearpatch.models import check_folder
+    from linearpatch.checkpoint import read_student
     path = Path(folder).expanduser()
     if not path.is_dir(): raise ValueError(f"there is no folder {folder}: give what `linearpatch run` wrote")
     if (path / "model" / "config.json").is_file(): path = path / "model"
-    config = AutoConfig.from_pretrained(check_folder(str(path)), trust_remote_code=trust_remote_code)
-    if not (getattr(config, "linearpatch", None) or {}).get("patches"):
+    path, config = read_student(path, trust_remote_code)
+    if not config.linearpatch.get("patches"):
         raise ValueError(f"{folder} holds no patched student: linearpatch run MODEL --remove N --out DIR makes one")
     return path, config
 
 # %% ../nbs/13_pipeline.ipynb #9fda9d0c
 def _over_teacher(job, folder, teacher):
     "The student of a folder again, over the teacher's own weights."
-    import torch
-    from linearpatch.fusion import Patch
-    from linearpatch.models import Cut, hidden_size
-    from linearpatch.pruning import load_student, patch_modules, prune
-    with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
-    record = student.config.linearpatch
-    modules = dict(zip([tuple(p["cut"]) for p in record["patches"]], zip(patch_modules(student), record["patches"])))
-    def patch(cut):
-        if cut not in modules: return Patch(torch.eye(hidden_size(student)), "none", Cut(*cut))
-        return Patch(modules[cut][0].weight.detach().T.double(), modules[cut][1]["family"], Cut(*cut))
-    return prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype="float32")
+    from linearpatch.checkpoint import load_student, student_patches
+    from linearpatch.pruning import prune
+    with _no_bar(): patches = student_patches(load_student(folder, trust_remote_code=job.trust_remote_code))
+    return prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
 def _load_teacher(job, config):
@@ -526,8 +514,8 @@ def _load_teacher(job, config):
 def _train_saved(job, path, config, lessons, work, cache):
     "The student of a folder, and a function that trains it: the teacher is loaded only where it is needed, and first."
     import gc
+    from linearpatch.checkpoint import load_student
     from linearpatch.distillation import cache_teacher, find_cache
-    from linearpatch.pruning import load_student
     if job.distill == "online":
         teacher = _load_teacher(job, config)
         student = _over_teacher(job, path, teacher)
@@ -549,7 +537,7 @@ def distill_job(
     **settings,     # fields of `Job`: distill, distill_samples, calibration, seq_len, eval, lr, ...
 ) -> dict:          # the `distillation` part of a report, with `perplexity` = {corpus: {patched, distilled}}
     "Distil a student that was saved earlier; ValueError for bad input, before anything is computed or written."
-    from transformers import AutoTokenizer
+    from linearpatch.checkpoint import student_tokenizer
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     record = config.linearpatch
     name = teacher or record.get("teacher", {}).get("name")
@@ -557,7 +545,8 @@ def distill_job(
     job = Job(name, **dict(distill="offline") | settings, out=out, cuts=tuple(f"{a}:{b}" for a, b in record["cuts"]))
     check_words(job)
     check_student(job, config, cache)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = student_tokenizer(path, config, job.trust_remote_code)
+    if tokenizer is None: raise ValueError(f"{path} has no tokenizer: save the student with one, save_student(student, folder, tokenizer)")
     lessons = make_lessons(job, tokenizer) or make_lessons(job, tokenizer, _load_teacher(job, config))
     corpora = make_texts(replace(job, calibration="self"), tokenizer)[1]
     return _distill_saved(job, path, config, tokenizer, lessons, corpora, cache)
@@ -592,9 +581,9 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
     "Train, measure and write; all or nothing."
     import json
     import matplotlib.pyplot as plt
+    from linearpatch.checkpoint import output_folder, save_student
     from linearpatch.distillation import plot_history
     from linearpatch.evaluation import perplexity
-    from linearpatch.pruning import output_folder, save_student
     from linearpatch.report import plain, png_bytes
     def measured(student):
         with _stage(job, "perplexity"): return {c: perplexity(student, w, job.batch_size, job.progress) for c, w in corpora.items()}
@@ -607,7 +596,7 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
         (folder / "figures" / "distillation.png").write_bytes(png_bytes(figure))
         plt.close(figure)
         (folder / "distillation.json").write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
-        with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer)
+        with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer, card=dict(distillation=result, perplexity=result["perplexity"]))
     return result
 
 # %% ../nbs/13_pipeline.ipynb #6fa77ea4
