@@ -45,7 +45,7 @@ def once(model, ids, a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(hidden=1024, layers=16, remove=4, vocab=512, prompt=64, new=8, repeats=15).items():
+    for name, default in dict(hidden=512, layers=12, remove=3, vocab=512, prompt=32, new=8, repeats=21).items():
         p.add_argument("--" + name, type=int, default=default)
     p.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     p.add_argument("--device", default="cpu")
