@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .calibration import Windows
 from .models import decoder_layers, hidden_size, input_device, layers_name, text_config
 from .selection import run_model, token_kl, token_nll
-from .pruning import NAMES, _patch_input, _patch_output, patch_modules
+from .pruning import NAMES, _patch_input, _patch_output, guard, patch_modules
 
 # %% ../nbs/08_folding.ipynb #294b764b
 def _is_identity(B): return torch.equal(B, torch.eye(len(B), dtype=B.dtype))
@@ -101,7 +101,8 @@ class _Watch:
             self.outputs[path] = self.note(path, out[0] if isinstance(out, tuple) else out)
         return hook
 
-def _is_norm(module): return "norm" in type(module).__name__.lower()
+def _is_norm(module): # a NormHead is a matrix
+    return "norm" in type(module).__name__.lower() and all(p.dim() < 2 for p in module.parameters(recurse=False))
 
 # %% ../nbs/08_folding.ipynb #7caab058
 def _watch(model, tokens=16):
@@ -237,7 +238,7 @@ def _without_patches(model):
             for key in [k for k, f in hooks.items() if f in (_patch_input, _patch_output)]:
                 del hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
-    return model
+    return guard(model)
 
 def _plain(student):
     "The student without its patches, over the same tensors."
@@ -437,16 +438,27 @@ def _batches(student, windows, batch_size):
     return list(windows.batches(batch_size))
 
 def _options(plan, home, windows):
-    "The homes to try: the first exact one alone, if there is one; ValueError with the reason where there is none."
+    "The homes to try: only exact ones, if there are any; ValueError with the reason where there is none."
     homes = [i / 2 for i in range(2 * len(plan.P) + 1)]
     if home is not None and home not in homes: raise ValueError(f"home is {home}: choose one of {', '.join(f'{h:g}' for h in homes)}")
     reasons = {h: _obstacle(plan, h) for h in (homes if home is None else [home])}
     possible = [h for h, reason in reasons.items() if reason is None]
     if not possible: raise ValueError(f"{plan.name} cannot be folded with this patch: {next(iter(reasons.values()))}, or keep the student unfolded")
     exact = [h for h in possible if plan.exact(h)]
-    if exact: return [min(exact, key=lambda h: (len({id(B) for B in plan.touched(plan.basis(h)).values()}), h))]
+    if exact: return sorted(exact, key=lambda h: (len({id(B) for B in plan.touched(plan.basis(h)).values()}), h))
     if windows is None: raise ValueError("this patch is no scalar and no scaled rotation, so its fold is not exact: give calibration windows, fold(student, windows)")
     return possible
+
+# %% ../nbs/08_folding.ipynb #e41c90d7
+def _best(student, plan, options, batches, probe):
+    "The nearest attempt, of which an exact one ends the search; the first ValueError where none succeeds."
+    done, errors = [], []
+    for home in options: # one may leave alone what another cannot touch
+        try: done.append(_attempt(student, plan, home, batches, probe))
+        except ValueError as e: errors.append(e)
+        if done and done[-1][1].exact: break
+    if not done: raise errors[0]
+    return min(done, key=lambda a: a[1].kl)
 
 # %% ../nbs/08_folding.ipynb #946f1205
 def _own(folded, student, inplace, share):
@@ -492,7 +504,7 @@ def fold(
         if callable(windows): windows = None if plan.exact(options[0]) else windows()
         batches = _batches(student, windows, batch_size)
         probe = batches[:max(1, PROBE_TOKENS // batches[0][0].numel())]
-        folded, report = min((_attempt(student, plan, h, batches, probe) for h in options), key=lambda a: a[1].kl)
+        folded, report = _best(student, plan, options, batches, probe)
     finally: student.train(was)
     if not (report.kl <= tolerance or force):
         raise ValueError(f"the fold would change the student: KL {report.kl:.2g} nats a token, above the tolerance of {tolerance:g} ({report}); "

@@ -6,9 +6,10 @@ import re, tempfile
 from pathlib import Path
 import torch, transformers as tf
 from linearpatch.models import Cut, decoder_layers, n_layers, remove_layers
+from linearpatch.checkpoint import load_student, save_student
 from linearpatch.folding import fold
 from linearpatch.hadamard import make_rotation
-from linearpatch.pruning import load_student, prune, save_student
+from linearpatch.pruning import prune
 from tiny import CONFIGS, IDS, FakePatch, bypass, make, new_tokens, random_patch
 
 PAGE = Path(__file__).resolve().parent.parent / "nbs" / "architectures.qmd"
@@ -23,6 +24,7 @@ MODELS = { # the tiny model: what people call such models
     "starcoder2": "StarCoder 2", "nemotron": "Nemotron, Minitron", "glm4": "GLM 4 0414", "gpt-oss": "gpt-oss", "deepseek-v3": "DeepSeek V3 and R1", "cohere": "Command R, Command R+",
     "cohere2": "Command R7B, Command A", "falcon": "Falcon 7B", "falcon-40b": "Falcon 40B", "gpt-neox": "GPT-NeoX, Pythia", "gpt-j": "GPT-J",
     "gpt-neo": "GPT-Neo", "gpt2": "GPT-2", "opt": "OPT", "opt-350m": "OPT 350M", "bloom": "BLOOM", "mpt": "MPT", "baichuan2": "in the style of Baichuan 2, with remote code"}
+MLPS = ["fc2", "mlp.dense_4h_to_h", "ffn.down_proj", "mlp"] # where an MLP's output is seen: what exists of these, the first
 CUTS = {"middle": [Cut(2, 4)], "first": [Cut(0, 2)], "last": [Cut(4, 6)], "several": [Cut(0, 1), Cut(2, 3), Cut(4, 6)]}
 
 
@@ -72,6 +74,22 @@ def patch(teacher):
         assert (expected - logits(remove_layers(teacher, cuts, share=True))).abs().max() > 0.1 * expected.std(), "the patches do nothing"
 
 
+def mlp_side(teacher):
+    "A second matrix, multiplied into the last MLP before the cut: as if its output were multiplied where it is made."
+    cut, T = CUTS["middle"][0], random_patch(None, seed=7).matrix
+    patch = random_patch(cut)
+    patch.mlp = T
+    layer = decoder_layers(teacher)[cut.start - 1]
+    writer = layer.get_submodule(next(path for path in MLPS if any(name == path for name, _ in layer.named_modules())))
+    def times(module, args, out): return (out[0] @ T.to(out[0]), *out[1:]) if isinstance(out, tuple) else out @ T.to(out)
+    handle = writer.register_forward_hook(times)
+    with bypass(decoder_layers(teacher), [cut], [patch]): expected = logits(teacher, use_cache=False)
+    handle.remove()
+    student = prune(teacher, cut, patch, share=True)
+    near(logits(student), expected, "logits")
+    assert (expected - logits(student_of(teacher, "middle"))).abs().max() > 0.1 * expected.std(), "the second matrix did nothing"
+
+
 def cache(teacher):
     student = student_of(teacher)
     same_text(written(student, IDS, use_cache=True), written(student, IDS, use_cache=False), "with and without cache")
@@ -87,13 +105,15 @@ def padding(teacher):
 
 
 def save(teacher):
-    "Bit for bit through the disk."
-    student = student_of(teacher)
+    "Bit for bit through the disk, read by linearpatch, and by transformers where the code in the folder is allowed to run."
+    student, code = student_of(teacher), hasattr(teacher.config, "auto_map")
     with tempfile.TemporaryDirectory() as folder:
         save_student(student, f"{folder}/student")
-        again = load_student(f"{folder}/student", trust_remote_code=hasattr(teacher.config, "auto_map"))
-    assert torch.equal(logits(again), logits(student)), "logits differ after loading"
-    assert torch.equal(new_tokens(again), new_tokens(student)), "tokens differ after loading"
+        loaded = [load_student(f"{folder}/student", trust_remote_code=code),
+                  tf.AutoModelForCausalLM.from_pretrained(f"{folder}/student", trust_remote_code=True).eval()]
+    for again in loaded:
+        assert torch.equal(logits(again), logits(student)), "logits differ after loading"
+        assert torch.equal(new_tokens(again), new_tokens(student)), "tokens differ after loading"
 
 
 def fold_scalar(teacher): folded_equals_patched(teacher, lambda g: 1.5 * torch.eye(32, dtype=torch.float64))
@@ -136,7 +156,7 @@ def read_plainly(model):
     return again.eval()
 
 
-STEPS = {"remove": remove, "patch": patch, "cache": cache, "left padding": padding, "save, load": save,
+STEPS = {"remove": remove, "patch": patch, "MLP side": mlp_side, "cache": cache, "left padding": padding, "save, load": save,
          "fold scalar": fold_scalar, "fold rotation": fold_rotation, "fold hadamard": fold_hadamard}
 
 
@@ -144,6 +164,7 @@ def reason(error):
     "Why a step failed, in words that are the same for every architecture with the same trouble."
     text = " ".join(str(error).split())
     text = re.sub(r"^\w+ cannot be folded( with this patch)?: |,? or keep the student unfolded$|; keep the student unfolded$", "", text)
+    text = re.sub(r"^the MLP of layer \d+ of \w+ (.*); choose a patch family.*$", r"the MLP \1", text)
     text = re.sub(r"^\S+ (?=is a LayerNorm|stands between)", "a norm ", text)
     text = re.sub(r" \(the logits differ by [^)]*\)", "", text)
     return text if isinstance(error, (ValueError, AssertionError)) else f"{type(error).__name__}, {text}"

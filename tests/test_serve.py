@@ -2,9 +2,10 @@
 import subprocess, sys
 import numpy as np, pytest, torch, transformers as tf
 from linearpatch.calibration import load_windows
+from linearpatch.checkpoint import save_student
 from linearpatch.folding import fold
 from linearpatch.models import *
-from linearpatch.pruning import prune, save_student
+from linearpatch.pruning import prune
 from tiny import FakePatch, headed, liven, llama
 
 ctranslate2 = pytest.importorskip("ctranslate2")
@@ -81,6 +82,16 @@ def test_without_linearpatch(tmp_path):
     ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     out = student.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=tokenizer.eos_token_id)[0, ids.shape[1]:]
     assert [int(t) for t in done.stdout.split()] == out.tolist()
+
+
+@pytest.mark.parametrize("code, match", [(False, "contains custom code"), (True, "LinearPatchConfig")])
+def test_patched_student_is_not_converted(code, match, tmp_path):
+    "Its folder is never read as the model without the patch."
+    from ctranslate2.converters import TransformersConverter
+    model, tokenizer = load_playground()
+    save_student(prune(model, Cut(2, 4), FakePatch(2 * torch.eye(hidden_size(model)), Cut(2, 4))), tmp_path / "s", tokenizer)
+    with pytest.raises(ValueError, match=match): TransformersConverter(str(tmp_path / "s"), trust_remote_code=code).convert(str(tmp_path / "e"))
+    assert not (tmp_path / "e").exists()
 
 
 def test_eight_bits(tmp_path):
