@@ -495,7 +495,21 @@ def _over_teacher(job, folder, teacher):
     def patch(cut):
         if cut not in modules: return Patch(torch.eye(hidden_size(student)), "none", Cut(*cut))
         return Patch(modules[cut][0].weight.detach().T.double(), modules[cut][1]["family"], Cut(*cut))
-    return prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype="float32")
+    again = prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype="float32")
+    for f in record.get("folded", []): _copy_mlp(student, again, f["layer"])
+    again.config.linearpatch["folded"] = record.get("folded", [])
+    return again
+
+def _copy_mlp(student, again, layer):
+    "Give a student the last MLP matrix, with what is multiplied into it, of a layer of another."
+    import torch
+    from linearpatch.models import decoder_layers, mlp_weights
+    old, new = decoder_layers(student)[layer], decoder_layers(again)[layer]
+    for path, key in mlp_weights(old):
+        module, bias = old.get_submodule(path), "bias" if key == "weight" else f"{key}_bias"
+        for k in (key, bias):
+            weight = getattr(module, k, None)
+            if weight is not None: setattr(new.get_submodule(path), k, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
 def _load_teacher(job, config):
