@@ -8,9 +8,10 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
            'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt',
-           'ROW', 'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt',
+           'RivalsOpt', 'SkipOpt', 'OwnOpt', 'OneCutOpt', 'TasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt',
+           'TableOpt', 'ROW', 'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt',
            'RowResumeOpt', 'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose',
-           'distill_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
+           'compare_rivals', 'distill_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -134,6 +135,40 @@ NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and 
 TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
 CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
     "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
+
+# %% ../nbs/16_cli.ipynb #f97a3b02
+RivalsOpt = _option(Optional[str], "--only", "Names of methods, with commas: nothing, shortgpt, sleb, taylor, prune-comp, diagonal, linearpatch, linearpatch-code, "
+    "sleb-patched, taylor-patched, ghosted, replaceme, replaceme-cosine, streamline, foldable, ours. Without it: all.", HOW)
+SkipOpt = _option(Optional[str], "--skip", "Names of methods to leave out, with commas.", HOW)
+OwnOpt = _option(bool, "--own/--no-own", "Measure each method at its own choice of layers, too?", HOW)
+OneCutOpt = _option(Optional[str], "--cut", "The common cut, layers A to B-1, written A:B, instead of the one that cosine chooses.", WHAT)
+TasksOpt = _option(Optional[str], "--tasks", "Tasks of lm-eval, with commas, for the retained performance; 'offline' comes with the package.", TEXT)
+AutoOpt = _option(str, "--distill", "Train each patch, too: online, offline, no; auto: a short training on the calibration windows for a model "
+    "of 50 million parameters at most.", TRAIN)
+LayerLrOpt = _option(Optional[float], "--layer-lr", "Learning rate of the one trained layer (streamline). Without it: 0.8 / C, at most 0.003.", TRAIN)
+LayerEpochsOpt = _option(int, "--layer-epochs", "Passes of its training over the calibration windows.", TRAIN)
+TableOpt = _option(Path, "--out", "Folder to write: compare.md, compare.json and figures/compare.png. It must not exist yet, or be empty.", WHAT)
+
+# %% ../nbs/16_cli.ipynb #1e373041
+@app.command("compare", epilog="Example: linearpatch compare playground --remove 6 --calibration passages --eval passages --seq-len 128 --out rivals")
+def compare_rivals(
+    model:ModelArg, out:TableOpt, remove:RemoveOpt=None, cut:OneCutOpt=None, only:RivalsOpt=None, skip:SkipOpt=None, own:OwnOpt=True,
+    calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"], tasks:TasksOpt=None,
+    bos:BosOpt=True, distill:AutoOpt="auto", distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, lr:LrOpt=1e-4,
+    epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, layer_lr:LayerLrOpt=None, layer_epochs:LayerEpochsOpt=6,
+    batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Every rival side by side: what removes layers, what mends the seam, and what each costs.
+
+    The same model, windows and cut for all; perplexity and divergence from the intact model; a table and one figure."""
+    from linearpatch.compare import compare_job
+    names = lambda text: tuple(filter(None, map(str.strip, (text or "").split(","))))
+    result = compare_job(
+        model, out=out, remove=remove, cuts=(cut,) if cut else (), only=names(only), skip=names(skip), own=own, tasks=names(tasks), distill=distill,
+        layer=dict(lr=layer_lr, epochs=layer_epochs), calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), bos=bos,
+        distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn, accumulate=accumulate,
+        batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
+    print(f"{result.text(costs=True)}\n\ntable   {out}/compare.md\nrecord  {out}/compare.json\nfigure  {out}/figures/compare.png")
 
 # %% ../nbs/16_cli.ipynb #61422625
 @app.command("distill", epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")

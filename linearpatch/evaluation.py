@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_LOGITS', 'MAX_FLOATS', 'PAPER', 'OFFLINE', 'GROUPS', 'FEWSHOT', 'NotFiniteError', 'token_losses', 'perplexity',
-           'protocol', 'kl_divergence', 'Evaluation', 'evaluate', 'tasks_path', 'offline_items', 'task_names',
-           'load_tasks', 'TaskScore', 'TaskScores', 'memory_needed', 'check_memory', 'evaluate_tasks', 'Retained',
-           'retained', 'worse_tasks', 'TaskTable', 'compare_tasks']
+           'protocol', 'kl_divergence', 'score_students', 'Evaluation', 'evaluate', 'tasks_path', 'offline_items',
+           'task_names', 'load_tasks', 'TaskScore', 'TaskScores', 'memory_needed', 'check_memory', 'evaluate_tasks',
+           'Retained', 'retained', 'worse_tasks', 'TaskTable', 'compare_tasks']
 
 # %% ../nbs/11_evaluation.ipynb #f3f6cc16
 import copy
@@ -32,7 +32,8 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .calibration import Windows, check_seq_len
 from .models import check_folder, fingerprint, load_model, text_config
-from .pruning import load_student, patch_modules
+from .checkpoint import load_student
+from .pruning import patch_modules
 from .selection import run_model, token_kl, token_nll
 
 # %% ../nbs/11_evaluation.ipynb #7a2fde41
@@ -143,6 +144,52 @@ def kl_divergence(
     with _evaluating([teacher, student]):
         kl, counted = _measure([teacher, student], windows, measure, "KL", batch_size, progress)
     return kl[counted].double().mean().item()
+
+# %% ../nbs/11_evaluation.ipynb #e45c77bc
+def _add_scores(sums, logits, intact, windows, few):
+    "Add a batch to `sums`: losses and their number; for the first `few` windows, KL to the logits `intact` and its number."
+    ids, mask = windows.ids.to(logits.device), windows.mask.to(logits.device)
+    for s in _pieces(logits.shape):
+        nll, real = token_nll(logits[:, s], ids[:, s], mask[:, s])
+        real = real & windows.scored[:, s.start + 1:s.stop].to(real.device)
+        sums[:2] += torch.stack([nll[real].double().sum(), real.sum()]).cpu()
+        if few > 0:
+            kl, real = token_kl(intact[:few, s], logits[:few, s], mask[:few, s])[0], real[:few]
+            sums[2:] += torch.stack([kl[real].double().sum(), real.sum()]).cpu()
+
+def _from_sums(sums):
+    "Perplexity and KL; NaN both, where a loss is not finite or its exponential would not be."
+    nll, n, kl, m = sums.tolist()
+    if not (n and nll / n <= 700 and math.isfinite(kl)): return math.nan, math.nan
+    return math.exp(nll / n), kl / m if m else math.nan
+
+# %% ../nbs/11_evaluation.ipynb #19e6088f
+def score_students(
+    teacher,             # the intact model
+    students:dict,       # {name: model} with the teacher's vocabulary
+    windows:Windows,     # N windows of T tokens
+    batch_size:int=8,    # windows in a forward pass, at most
+    progress:bool=False, # show a progress bar
+    kl_windows:int=None, # measure KL on so many windows, the first ones; None: all
+) -> tuple:              # the teacher's perplexity, and {name: (perplexity, KL in nats a token)}
+    """Perplexity and KL of several students in one pass of the teacher, which is not run again for each.
+
+    NaN for a student whose losses are not finite; ValueError where the teacher's are not, or a vocabulary differs."""
+    vocab, few = text_config(teacher).vocab_size, len(windows) if kl_windows is None else kl_windows
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in (None, *students)}
+    for model in (teacher, *students.values()):
+        if text_config(model).vocab_size != vocab: raise ValueError(f"the teacher has {vocab} tokens in its vocabulary, a student {text_config(model).vocab_size}: KL needs the same vocabulary")
+        check_seq_len(windows.seq_len, model=model)
+    rows = _rows(windows, 2 * vocab, batch_size)
+    with _evaluating([teacher, *students.values()]):
+        for i in tqdm(range(0, len(windows), rows), "scores", disable=not progress):
+            piece = windows[i:i + rows]
+            intact = run_model(teacher, piece.ids, piece.mask)
+            _add_scores(sums[None], intact, None, piece, 0)
+            if not sums[None][0].isfinite(): raise NotFiniteError(f"the intact model's loss is not finite (nan or inf) in windows {i} to {i + len(piece) - 1} of {windows.source or 'the windows'}: load it with dtype='float32' or 'bfloat16'")
+            for name, student in students.items(): _add_scores(sums[name], run_model(student, piece.ids, piece.mask), intact, piece, few - i)
+    if not sums[None][1]: raise ValueError("no prediction counts in these windows: give a mask with neighbouring real tokens")
+    return _from_sums(sums[None])[0], {name: _from_sums(sums[name]) for name in students}
 
 # %% ../nbs/11_evaluation.ipynb #4693c6ce
 def _markdown(rows):

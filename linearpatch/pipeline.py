@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache',
            'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'continuation', 'train_patch',
-           'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student', 'fold_job', 'command_line']
+           'prepare', 'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student', 'fold_job',
+           'command_line']
 
 # %% ../nbs/13_pipeline.ipynb #7bfc0f17
 import contextlib
-import math
 import shlex
 import shutil
 import sys
@@ -282,13 +282,6 @@ def one_line(
 # %% ../nbs/13_pipeline.ipynb #b9137323
 KL_TOKENS = 65536
 
-def _student_numbers(job, model, student, windows):
-    "Perplexity of a student and KL to its teacher; NaN where the student overflows, though the teacher did not."
-    from linearpatch.evaluation import NotFiniteError, kl_divergence, perplexity
-    few = windows[:max(1, KL_TOKENS // job.seq_len)]
-    try: return perplexity(student, windows, job.batch_size, job.progress), kl_divergence(model, student, few, job.batch_size)
-    except NotFiniteError: return math.nan, math.nan
-
 # %% ../nbs/13_pipeline.ipynb #7ec19205
 def measure(
     job:Job,    # the request
@@ -298,15 +291,13 @@ def measure(
     students,   # {family: student}, "none" for the one without a patch
 ) -> dict:      # the parts `perplexity`, `families`, `kl` and `continuations` of the record
     "Perplexity of the teacher and of each student, KL to the teacher, and how each goes on with the prompts."
-    from linearpatch.evaluation import perplexity
+    from linearpatch.evaluation import score_students
     families, kl, ppl = {}, {}, {}
     kinds = dict(pruned="none", patched=job.patch) | ({"distilled": "distilled"} if "distilled" in students else {})
     for c, windows in corpora.items():
-        with _stage(job, f"perplexity on {c}: intact model"):
-            dense, families[c], kl[c] = perplexity(model, windows, job.batch_size, job.progress), {}, {}
-        for family, student in students.items():
-            with _stage(job, f"perplexity on {c}: {'pruned' if family == 'none' else family}"):
-                families[c][family], kl[c][family] = _student_numbers(job, model, student, windows)
+        with _stage(job, f"perplexity on {c}, intact and {len(students)} students"):
+            dense, scores = score_students(model, students, windows, job.batch_size, job.progress, max(1, KL_TOKENS // job.seq_len))
+        families[c], kl[c] = ({f: pair[k] for f, pair in scores.items()} for k in (0, 1))
         ppl[c] = {"dense": dense} | {kind: families[c][family] for kind, family in kinds.items()}
     several = {"dense": model} | {kind: students[family] for kind, family in kinds.items()}
     def goes_on(prompt): return {k: continuation(m, tokenizer, prompt, bos=job.bos, seed=job.seed) for k, m in several.items()}
@@ -442,6 +433,25 @@ def _load(job, tokenizer):
         model, _ = load_model(_location(job), job.dtype, job.device_map, job.trust_remote_code)
     return model, tokenizer
 
+# %% ../nbs/13_pipeline.ipynb #5ab1c0de
+def prepare(
+    job:Job,        # the request, checked
+    tokenizer=None, # of a model that is loaded already
+    evaluate=True,  # False: without the evaluation texts
+) -> tuple:         # (model, tokenizer, calibration windows, {corpus: evaluation windows}, windows to distil on or None)
+    "What a job works on: its texts first, since they are soon found to be wrong, then the weights. Seeds everything."
+    from linearpatch.calibration import sample_windows
+    from linearpatch.models import seed_everything
+    seed_everything(job.seed)
+    if isinstance(job.model, (str, Path)): tokenizer = tokenizer or _tokenizer(job)
+    elif tokenizer is None: raise ValueError("a loaded model needs its tokenizer: run_job(model, tokenizer, ...)")
+    windows, corpora = make_texts(job if evaluate else replace(job, eval=()), tokenizer)
+    lessons = make_lessons(job, tokenizer) if job.distill else None
+    model, tokenizer = _load(job, tokenizer)
+    if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=8)
+    if job.distill and lessons is None: lessons = make_lessons(job, tokenizer, model)
+    return model, tokenizer, windows, corpora, lessons
+
 # %% ../nbs/13_pipeline.ipynb #e5cb4bb1
 def run_job(
     model,          # a loaded model, a folder, a Hub name, or "playground"
@@ -451,18 +461,9 @@ def run_job(
     **settings,     # any other field of `Job`
 ):                  # a `Report`
     "All steps: check, load, diagnose, choose, patch, measure, write. ValueError for bad input, before anything is computed or written."
-    from linearpatch.calibration import sample_windows
-    from linearpatch.models import seed_everything
     job = Job(model, **settings)
     given = check_job(job)
-    seed_everything(job.seed)
-    if isinstance(model, (str, Path)): tokenizer = tokenizer or _tokenizer(job)
-    elif tokenizer is None: raise ValueError("a loaded model needs its tokenizer: run_job(model, tokenizer, ...)")
-    windows, corpora = make_texts(job if evaluate else replace(job, eval=()), tokenizer)
-    lessons = make_lessons(job, tokenizer) if job.distill else None
-    model, tokenizer = _load(job, tokenizer)
-    if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=8)
-    if job.distill and lessons is None: lessons = make_lessons(job, tokenizer, model)
+    model, tokenizer, windows, corpora, lessons = prepare(job, tokenizer, evaluate)
     command = command or command_line(job, "run" if evaluate else "diagnose")
     return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons)
 
@@ -533,8 +534,25 @@ def _over_teacher(job, folder, teacher):
     "The student of a folder again, over the teacher's own weights."
     from linearpatch.checkpoint import load_student, student_patches
     from linearpatch.pruning import prune
-    with _no_bar(): patches = student_patches(load_student(folder, trust_remote_code=job.trust_remote_code))
-    return prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
+    with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
+    folded = student.config.linearpatch.get("folded", [])
+    student.config.linearpatch = student.config.linearpatch | {"folded": []} # these parts are copied, not fitted again
+    patches = student_patches(student)
+    again = prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
+    for f in folded: _copy_mlp(student, again, f["layer"])
+    again.config.linearpatch["folded"] = folded
+    return again
+
+def _copy_mlp(student, again, layer):
+    "Give a student the last MLP matrix, with what is multiplied into it, of a layer of another."
+    import torch
+    from linearpatch.models import decoder_layers, mlp_weights
+    old, new = decoder_layers(student)[layer], decoder_layers(again)[layer]
+    for path, key in mlp_weights(old):
+        module, bias = old.get_submodule(path), "bias" if key == "weight" else f"{key}_bias"
+        for k in (key, bias):
+            weight = getattr(module, k, None)
+            if weight is not None: setattr(new.get_submodule(path), k, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
 def _load_teacher(job, config):
@@ -651,7 +669,7 @@ def fold_job(
     from transformers import AutoTokenizer
     from linearpatch.calibration import load_windows
     from linearpatch.folding import fold
-    from linearpatch.pruning import load_student, save_student
+    from linearpatch.checkpoint import load_student, save_student
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
     check_words(job)

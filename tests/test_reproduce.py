@@ -165,7 +165,7 @@ def test_dry_run(name):
 
 @pytest.mark.parametrize("name", ["llama3-8b-7-of-32-sleb-linearpatch", "deepseek-qwen-7b-7-of-28", "llama2-7b-7-of-32-per-layer", "llama2-7b-9-of-32-ft"])
 def test_what_a_dry_run_writes(name, tmp_path):
-    from linearpatch.pruning import load_student
+    from linearpatch.checkpoint import load_student
     from linearpatch.report import Report
     out, r = tmp_path / "row", find_recipe(name)
     run_recipe(name, out, dry_run=True)
