@@ -81,14 +81,14 @@ def find_recipe(
 
 # %% ../nbs/15_reproduce.ipynb #r15c0016
 def removed_cuts(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
 ) -> list: # of `Cut`s, one for each contiguous run; empty where the recipe leaves the choice to a metric, or removes nothing
     "The layers that a recipe names."
     layers = recipe.job.get("layers")
     return runs(layers) if layers else check_cuts(list(recipe.job.get("cuts", [])), recipe.model["num_hidden_layers"]) if "cuts" in recipe.job else []
 
 def n_removed(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
 ) -> int: # n; 0 for an intact model
     "How many layers go."
     return sum(c.n for c in removed_cuts(recipe)) or recipe.job.get("remove", 0)
@@ -119,7 +119,7 @@ def _removed_places(recipe):
     return (cuts[0].start, cuts[-1].stop) if cuts else (L - n - 2, L - 2)
 
 def cache_bytes(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
 ) -> int: # 0 where nothing is distilled offline
     "Disk space of the teacher's top-K predictions."
     from linearpatch.distillation import bytes_per_token
@@ -129,7 +129,7 @@ def cache_bytes(
 
 # %% ../nbs/15_reproduce.ipynb #r15c0030
 def memory_bytes(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     dtype:str="auto",  # number format of the weights; "auto": as stored
     batch_size:int=1,  # windows at once
 ) -> int:
@@ -160,7 +160,7 @@ def _training_flops(recipe, dense, student):
 
 # %% ../nbs/15_reproduce.ipynb #r15c0033
 def count_flops(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     tasks=True, # the tasks, too
 ) -> int:
     "Floating-point operations of a run, roughly."
@@ -203,7 +203,7 @@ def amount(
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB"
 
 def duration(
-    seconds,
+    seconds, # any number
 ) -> str:
     "Seconds in words."
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -225,7 +225,7 @@ class Estimate:
                 f"{amount(self.memory)} of memory, {self.flops:.1e} operations{time}")
 
 def estimate(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     dtype:str="auto",  # number format of the weights
     batch_size:int=1,  # windows at once
     tasks=True,        # the tasks, too
@@ -292,7 +292,7 @@ def _missing_tools(groups):
 
 # %% ../nbs/15_reproduce.ipynb #r15c0045
 def missing(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     tasks=True,              # will the tasks be run?
     trust_remote_code=False, # may code that comes with the model be run?
 ) -> list:                   # of sentences; empty: all is there, or can be fetched
@@ -324,8 +324,8 @@ def _free_disk(folder):
     return shutil.disk_usage(folder).free
 
 def shortage(
-    recipe:Recipe,
-    need:Estimate,
+    recipe:Recipe, # from `find_recipe`
+    need:Estimate, # of `estimate`
     out,             # folder to write
     device_map=None, # as for `load_model`
 ) -> list:           # of sentences; empty: there is enough
@@ -341,8 +341,8 @@ def shortage(
 
 # %% ../nbs/15_reproduce.ipynb #r15c0048
 def check_ready(
-    recipe:Recipe,
-    need:Estimate,
+    recipe:Recipe, # from `find_recipe`
+    need:Estimate, # of `estimate`
     out,               # folder to write
     tasks=True,        # will the tasks be run?
     force=False,       # go on although disk or memory seem too small
@@ -362,7 +362,7 @@ _dry_job = dict(calibration="passages", samples=4, seq_len=DRY_LEN, batch_size=2
 _dry_training = dict(distill_samples=12, distill_batch_size=4, checkpoint=False)
 
 def dry_model(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     seed:int=0, # of the weights
 ) -> tuple:     # (model, tokenizer)
     "A random model of the recipe's class and depth, 32 channels wide, and the bundled tokenizer."
@@ -387,7 +387,7 @@ def _dry_tasks():
 
 # %% ../nbs/15_reproduce.ipynb #r15c0053
 def job_settings(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     dry_run=False, # for the tiny random model
     samples=None,  # calibration windows, instead of the recipe's
     tasks=False,   # with the recipe's tasks (in a dry run a few items of the bundled ones)
@@ -407,7 +407,7 @@ def job_settings(
 def _same_cut(a, b): return (removed_cuts(a), a.job.get("remove")) == (removed_cuts(b), b.job.get("remove"))
 
 def printed_beside(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
 ) -> dict: # {"dense" | "pruned" | "patched" | "distilled": Recipe}
     "For each model that a run of the recipe measures, the recipe whose row it is; the recipe itself for its own."
     found = {recipe.row: recipe}
@@ -455,7 +455,7 @@ PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winog
 RELATIVE = ("perplexity", "sigma") # their differences are relative; those of accuracies are points
 
 def compare_figures(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     rows:dict, # {row: {group: {name: measured}}}
 ) -> list:     # of dicts: row, group, name, measured, published, difference, tolerance, within (None: nothing to compare)
     "Measured beside published, line by line; each is None where there is no such number."
@@ -476,7 +476,7 @@ ROWS, FIGURES = ("dense", "pruned", "patched", "distilled"), ("perplexity", "acc
 
 # %% ../nbs/15_reproduce.ipynb #r15c0061
 def reproduction_verdict(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
     lines:list,    # of `compare_figures`
     dry_run=False, # was it a dry run?
 ) -> str:          # "reproduced", "in part" (not all was measured), "not reproduced", "open" (nothing is published), "dry run"
@@ -679,7 +679,7 @@ def not_commands() -> list: # of dicts: what, why
     return _toml(RECIPES / "not_commands.toml")["line"]
 
 def report_entry(
-    result:Reproduction,
+    result:Reproduction, # of `run_recipe`
 ) -> str: # TOML
     "The entry that reports a result, for reproduced.toml."
     keys = dict(recipe=result["recipe"], verdict=result["verdict"], date=result["date"], commit=result["commit"] or f"linearpatch {result['versions']['linearpatch']}",
@@ -688,7 +688,7 @@ def report_entry(
 
 # %% ../nbs/15_reproduce.ipynb #r15c0079
 def status(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
 ) -> str: # "open", "not yet", or the latest verdict with its date and hardware
     "Whether somebody has reproduced a row."
     found = [r for r in reproduced() if r["recipe"] == recipe.name]
@@ -696,7 +696,7 @@ def status(
     return "not yet" if recipe.published else "open"
 
 def expected_text(
-    recipe:Recipe,
+    recipe:Recipe, # from `find_recipe`
 ) -> str:
     "The published figures in a few words."
     p = recipe.published
