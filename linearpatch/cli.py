@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'RemoveOpt', 'CutOpt', 'MetricOpt', 'PatchOpt',
-           'CompareOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt', 'PromptOpt', 'BosOpt', 'BatchOpt',
-           'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt', 'DistillSamplesOpt',
-           'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt', 'DecayOpt', 'PatienceOpt',
-           'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'RivalsOpt', 'SkipOpt',
-           'OwnOpt', 'OneCutOpt', 'TasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'run', 'diagnose',
-           'compare_rivals', 'distill_saved', 'demo_settings', 'demo', 'tell', 'main']
+           'CompareOpt', 'FoldOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt', 'PromptOpt', 'BosOpt',
+           'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
+           'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
+           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'RivalsOpt', 'SkipOpt', 'OwnOpt', 'OneCutOpt',
+           'TasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'FolderArg', 'NewOpt', 'TeacherOpt',
+           'CacheOpt', 'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose',
+           'compare_rivals', 'distill_saved', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -22,7 +23,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .pipeline import DEMO_PROMPTS, distill_job, one_line, run_job
+from .pipeline import DEMO_PROMPTS, distill_job, fold_job, one_line, run_job
 
 # %% ../nbs/16_cli.ipynb #369965d4
 app = typer.Typer(
@@ -47,6 +48,8 @@ MetricOpt = _option(str, "--metric", "What chooses the layers. cosine, angular: 
 PatchOpt = _option(str, "--patch", "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the "
     "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. none.", HOW)
 CompareOpt = _option(bool, "--compare", "Measure every patch family; the one of --patch is saved.", HOW)
+FoldOpt = _option(bool, "--fold", "Save a plain checkpoint, the patch multiplied into the weights around it: it loads anywhere. "
+    "Exact for scalar, procrustes and foldable, nearly for hadamard.", HOW)
 
 # %% ../nbs/16_cli.ipynb #3e89780c
 CalibrationOpt = _option(str, "--calibration", "Text for the statistics: wikitext2, c4, ptb, passages (bundled), "
@@ -85,7 +88,7 @@ ResumeOpt = _option(bool, "--resume", "Go on with the distillation that the same
 @app.command(epilog="Example: linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9")
 def run(
     model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None,
-    metric:MetricOpt="cosine", patch:PatchOpt="hadamard", compare:CompareOpt=False,
+    metric:MetricOpt="cosine", patch:PatchOpt="hadamard", compare:CompareOpt=False, fold:FoldOpt=False,
     calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"],
     prompt:PromptOpt=None, bos:BosOpt=True,
     distill:DistillOpt=None, distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100,
@@ -99,7 +102,7 @@ def run(
     perplexity intact, pruned and patched; a page and a student on disk. The defaults are the paper's."""
     from linearpatch.fusion import FAMILIES
     report = run_job(
-        model, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (),
+        model, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (), fold=fold,
         calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or DEMO_PROMPTS),
         bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, distill=distill,
         distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn,
@@ -124,13 +127,6 @@ def diagnose(
         calibration=calibration, samples=samples, seq_len=seq_len, bos=bos, batch_size=batch_size, dtype=dtype,
         device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
-
-# %% ../nbs/16_cli.ipynb #0c993826
-FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
-NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
-TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
-CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
-    "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
 
 # %% ../nbs/16_cli.ipynb #f97a3b02
 RivalsOpt = _option(Optional[str], "--only", "Names of methods, with commas: nothing, shortgpt, sleb, taylor, prune-comp, diagonal, linearpatch, linearpatch-code, "
@@ -166,6 +162,13 @@ def compare_rivals(
         batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     print(f"{result.text(costs=True)}\n\ntable   {out}/compare.md\nrecord  {out}/compare.json\nfigure  {out}/figures/compare.png")
 
+# %% ../nbs/16_cli.ipynb #0c993826
+FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
+NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
+TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
+CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
+    "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
+
 # %% ../nbs/16_cli.ipynb #61422625
 @app.command("distill", epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")
 def distill_saved(
@@ -188,6 +191,28 @@ def distill_saved(
     print(f"KL on {result['heldout']} windows set aside: {result['history'][0]['heldout']:.4f} -> "
           f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
     print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
+
+# %% ../nbs/16_cli.ipynb #34bca810
+PlainOpt = _option(Path, "--out", "Folder to write: a plain model, as save_pretrained writes it. It must not exist yet, or be empty.", WHAT)
+FoldSamplesOpt = _option(int, "--samples", "Calibration windows, where the fold is not exact.", TEXT)
+ToleranceOpt = _option(float, "--tolerance", "Refuse a fold that moves the predictions by more than this: KL divergence, nats a token.", HOW)
+ForceOpt = _option(bool, "--force", "Fold all the same.", HOW)
+RefineOpt = _option(int, "--refine", "Steps of fitting, for a smaller error where the fold is not exact. Small models: 150.", HOW)
+
+# %% ../nbs/16_cli.ipynb #d3445c9b
+@app.command("fold", epilog="Example: linearpatch fold model-9 --calibration notes.txt --out plain-9")
+def fold_saved(
+    folder:FolderArg, out:PlainOpt, tolerance:ToleranceOpt=0.01, force:ForceOpt=False, refine:RefineOpt=0, calibration:CalibrationOpt="wikitext2",
+    samples:FoldSamplesOpt=32, seq_len:SeqLenOpt=2048, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto",
+    device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Multiply the patch of a saved student into the weights around it: a plain model that loads anywhere.
+
+    Exact for the patches scalar, procrustes and foldable. For others the error is measured on the calibration
+    text, and a fold that changes the student too much is refused."""
+    result = fold_job(folder, out, calibration, samples, seq_len, tolerance, force, refine, bos=bos, batch_size=batch_size, dtype=dtype,
+                      device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
+    print(f"{result}\n\nmodel  {out}\n\nNext: AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 # %% ../nbs/16_cli.ipynb #4498495d
 def demo_settings(

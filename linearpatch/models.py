@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLAYGROUND_SEQ_LEN', 'PLAYGROUND_REMOVE', 'playground_path', 'Cut', 'candidates', 'runs', 'check_cuts', 'text_config',
            'check_decoder', 'layers_name', 'decoder_layers', 'n_layers', 'hidden_size', 'input_device', 'mlp_weights',
-           'mlp_module', 'mlp_gain', 'multiply_mlp', 'prune_config', 'remove_layers', 'check_folder', 'load_model',
-           'load_playground', 'fingerprint', 'seed_everything']
+           'mlp_module', 'mlp_gain', 'multiply_mlp', 'prune_config', 'remove_layers', 'check_folder', 'read_config',
+           'load_model', 'load_playground', 'fingerprint', 'seed_everything']
 
 # %% ../nbs/00_models.ipynb #2cb80c70
 import copy, hashlib, operator, random, re
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers import PreTrainedModel, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging
 from accelerate.utils import align_module_device
@@ -412,12 +413,26 @@ def check_folder(
 
 # %% ../nbs/00_models.ipynb #6859f1f5
 def _read(what, name, load, **kw):
-    "Call a `from_pretrained`; what it cannot find becomes a ValueError with a remedy."
+    "Call a `from_pretrained`; what it cannot find or read becomes a ValueError with a remedy."
+    where = f"the folder {name}" if Path(name).is_dir() else (
+        f"{name!r}, which is no folder here, on the Hub (check the spelling, the network, and your access if it is gated)")
     try: return load(name, **kw)
-    except OSError as e:
-        where = f"the folder {name}" if Path(name).is_dir() else (
-            f"{name!r}, which is no folder here, on the Hub (check the spelling, the network, and your access if it is gated)")
-        raise ValueError(f"cannot read the {what} of {where}: {str(e).splitlines()[0]}") from e
+    except OSError as e: raise ValueError(f"cannot read the {what} of {where}: {str(e).splitlines()[0]}") from e
+    except SafetensorError as e:
+        raise ValueError(f"the {what} of {name} are damaged or cut off ({e}): copy or download them again") from e
+
+# %% ../nbs/00_models.ipynb #a113c921
+def read_config(
+    name,                    # a folder or a Hub name
+    trust_remote_code=False, # run Python code that the model's authors ship
+):                           # its config
+    "The config of a model; ValueError where there is none, or for a student, whose patches a plain load would drop."
+    values, _ = _read("config", name, PretrainedConfig.get_config_dict)
+    record = values.get("linearpatch") or {}
+    if values.get("model_type") == "linearpatch" or (isinstance(record, dict) and record.get("patches")):
+        raise ValueError(f"{name} is a patched student, a plain load would drop its patches: "
+                         "load it with linearpatch.load (or linearpatch.load_student)")
+    return _read("config", name, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
 
 # %% ../nbs/00_models.ipynb #a594c4e7
 def load_model(
@@ -432,15 +447,15 @@ def load_model(
     name, code = check_folder(name), dict(trust_remote_code=trust_remote_code)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"{dtype!r} is no dtype: use auto, float32, bfloat16 or float16")
-    config = _read("config", name, AutoConfig.from_pretrained, **code)
+    config = read_config(name, trust_remote_code)
     check_decoder(config)
-    if (getattr(config, "linearpatch", None) or {}).get("patches"):
-        raise ValueError(f"{name} is a patched student: load it with linearpatch.load_student, "
-                         "a plain load would drop its patches")
     tokenizer = _read("tokenizer", name, AutoTokenizer.from_pretrained, **code)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    model = _read("weights", name, auto.from_pretrained, dtype=dtype, device_map=device_map, **code)
+    model, info = _read("weights", name, auto.from_pretrained, dtype=dtype, device_map=device_map, output_loading_info=True, **code)
+    if info["missing_keys"]: # transformers would go on with random numbers
+        raise ValueError(f"the weights of {name} lack {sorted(info['missing_keys'])[:3]}, which its config.json asks for: "
+                         "the files are incomplete, or do not belong together")
     layers_name(model)
     return model.eval(), tokenizer
 

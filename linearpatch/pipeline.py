@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache',
            'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'continuation', 'train_patch',
-           'prepare', 'run_job', 'student_folder', 'distill_job', 'check_student', 'command_line']
+           'prepare', 'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student', 'fold_job',
+           'command_line']
 
 # %% ../nbs/13_pipeline.ipynb #7bfc0f17
 import contextlib
@@ -45,6 +46,7 @@ class Job:
     weight_decay: float = 0.     # pull toward the patch as it was fitted
     patience: Optional[int] = None # stop after so many measurements (of ten) without a gain
     gradient_checkpointing: bool = False # spare memory: compute activations again for the gradient
+    fold: bool = False           # save the student with its patch folded into the weights around it
     resume: bool = False         # go on with a distillation that was interrupted
     checkpoint: bool = True      # keep its state beside `out` while it runs
     bos: bool = True             # does every window begin with BOS?
@@ -77,8 +79,8 @@ def check_words(
     job:Job, # the request
 ):
     "ValueError for anything in a request that is wrong whatever the model."
+    from linearpatch.checkpoint import check_output
     from linearpatch.fusion import FAMILIES
-    from linearpatch.pruning import check_output
     from linearpatch.selection import METRICS
     for name, least in (("remove", 1), ("samples", 1), ("seq_len", 2), ("batch_size", 1), ("distill_samples", 2), ("top_k", 2)):
         value, option = getattr(job, name), "--" + name.replace("_", "-")
@@ -91,6 +93,7 @@ def check_words(
     _check_source("--calibration", job.calibration, ("self",))
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
+    if job.fold and job.patch == "none": raise ValueError("--fold folds a patch, and --patch is none: choose another, such as hadamard")
     _check_training(job)
 
 # %% ../nbs/13_pipeline.ipynb #6d204b85
@@ -139,14 +142,9 @@ def _location(job):
 # %% ../nbs/13_pipeline.ipynb #7dd4e8ae
 def _config(job):
     "The config of the model of a request, without its weights."
-    from transformers import AutoConfig
-    from linearpatch.models import check_folder
+    from linearpatch.models import check_folder, read_config
     if not isinstance(job.model, (str, Path)): return job.model.config
-    name = check_folder(_location(job))
-    try: return AutoConfig.from_pretrained(name, trust_remote_code=job.trust_remote_code)
-    except OSError as e:
-        raise ValueError(f"cannot read the config of {job.model!r}: it is no folder here, and the Hub gave none "
-                         "(check the spelling, the network and your access)") from e
+    return read_config(check_folder(_location(job)), job.trust_remote_code)
 
 # %% ../nbs/13_pipeline.ipynb #8a8d37d8
 def check_job(
@@ -444,10 +442,22 @@ def _no_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
+# %% ../nbs/13_pipeline.ipynb #ddbf00a1
+def _fold_best(job, students, best, windows):
+    "Fold the student that will be saved, as `students['folded']`: (the name of what is saved, a note about it)."
+    from linearpatch.folding import fold
+    from linearpatch.pruning import patch_modules
+    if not patch_modules(students[best]): return best, "The patch was multiplied into the weights at once: the saved model is plain."
+    with _stage(job, "folding the patch into the weights"):
+        try: students["folded"] = fold(students[best], windows, share=True, batch_size=job.batch_size)
+        except ValueError as e: return best, f"Not folded, the saved model has its patch beside it: {one_line(e)}."
+    return "folded", f"The saved model is folded, plain transformers load it. {students['folded'].folding}."
+
 # %% ../nbs/13_pipeline.ipynb #34f95fd7
 def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
-    from linearpatch.pruning import output_folder, prune, save_student
+    from linearpatch.checkpoint import output_folder, save_student
+    from linearpatch.pruning import prune
     from linearpatch.report import save_report
     families, best, more = (job.patch, *job.families) if evaluate else (), "distilled" if job.distill else job.patch, {}
     with _work_folder(job) as work, contextlib.nullcontext() if job.out is None else output_folder(job.out) as folder:
@@ -458,12 +468,14 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
             if job.distill:
                 students["distilled"] = prune(model, selection.cuts, saved, share=True, dtype="float32")
                 more["distillation"] = train_patch(job, students["distilled"], model, lessons, work)
+            if job.fold: best, why = _fold_best(job, students, best, windows)
             measured = measure(job, model, tokenizer, corpora, students)
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more)
+        if evaluate and job.fold: report["notes"].append(why)
         if folder is not None:
             with _stage(job, "figures and page"): save_report(report, folder, saved=f"{job.out}/model" if evaluate else None)
             if evaluate:
-                with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer)
+                with _stage(job, "student"), _no_bar(): save_student(students[best], folder / "model", tokenizer, card=report)
     return report
 
 # %% ../nbs/13_pipeline.ipynb #f5821e66
@@ -472,44 +484,22 @@ def student_folder(
     trust_remote_code=False, # run code that comes with the model?
 ) -> tuple: # (folder of the student, its config)
     "ValueError where there is no patched student."
-    from transformers import AutoConfig
-    from linearpatch.models import check_folder
+    from linearpatch.checkpoint import read_student
     path = Path(folder).expanduser()
     if not path.is_dir(): raise ValueError(f"there is no folder {folder}: give what `linearpatch run` wrote")
     if (path / "model" / "config.json").is_file(): path = path / "model"
-    config = AutoConfig.from_pretrained(check_folder(str(path)), trust_remote_code=trust_remote_code)
-    if not (getattr(config, "linearpatch", None) or {}).get("patches"):
+    path, config = read_student(path, trust_remote_code)
+    if not config.linearpatch.get("patches"):
         raise ValueError(f"{folder} holds no patched student: linearpatch run MODEL --remove N --out DIR makes one")
     return path, config
 
 # %% ../nbs/13_pipeline.ipynb #9fda9d0c
 def _over_teacher(job, folder, teacher):
     "The student of a folder again, over the teacher's own weights."
-    import torch
-    from linearpatch.fusion import Patch
-    from linearpatch.models import Cut, hidden_size
-    from linearpatch.pruning import load_student, patch_modules, prune
-    with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
-    record = student.config.linearpatch
-    modules = dict(zip([tuple(p["cut"]) for p in record["patches"]], zip(patch_modules(student), record["patches"])))
-    def patch(cut):
-        if cut not in modules: return Patch(torch.eye(hidden_size(student)), "none", Cut(*cut))
-        return Patch(modules[cut][0].weight.detach().T.double(), modules[cut][1]["family"], Cut(*cut))
-    again = prune(teacher, [Cut(*c) for c in record["cuts"]], [patch(tuple(c)) for c in record["cuts"]], share=True, dtype="float32")
-    for f in record.get("folded", []): _copy_mlp(student, again, f["layer"])
-    again.config.linearpatch["folded"] = record.get("folded", [])
-    return again
-
-def _copy_mlp(student, again, layer):
-    "Give a student the last MLP matrix, with what is multiplied into it, of a layer of another."
-    import torch
-    from linearpatch.models import decoder_layers, mlp_weights
-    old, new = decoder_layers(student)[layer], decoder_layers(again)[layer]
-    for path, key in mlp_weights(old):
-        module, bias = old.get_submodule(path), "bias" if key == "weight" else f"{key}_bias"
-        for k in (key, bias):
-            weight = getattr(module, k, None)
-            if weight is not None: setattr(new.get_submodule(path), k, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+    from linearpatch.checkpoint import load_student, student_patches
+    from linearpatch.pruning import prune
+    with _no_bar(): patches = student_patches(load_student(folder, trust_remote_code=job.trust_remote_code))
+    return prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
 def _load_teacher(job, config):
@@ -525,8 +515,8 @@ def _load_teacher(job, config):
 def _train_saved(job, path, config, lessons, work, cache):
     "The student of a folder, and a function that trains it: the teacher is loaded only where it is needed, and first."
     import gc
+    from linearpatch.checkpoint import load_student
     from linearpatch.distillation import cache_teacher, find_cache
-    from linearpatch.pruning import load_student
     if job.distill == "online":
         teacher = _load_teacher(job, config)
         student = _over_teacher(job, path, teacher)
@@ -548,7 +538,7 @@ def distill_job(
     **settings,     # fields of `Job`: distill, distill_samples, calibration, seq_len, eval, lr, ...
 ) -> dict:          # the `distillation` part of a report, with `perplexity` = {corpus: {patched, distilled}}
     "Distil a student that was saved earlier; ValueError for bad input, before anything is computed or written."
-    from transformers import AutoTokenizer
+    from linearpatch.checkpoint import student_tokenizer
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     record = config.linearpatch
     name = teacher or record.get("teacher", {}).get("name")
@@ -556,10 +546,21 @@ def distill_job(
     job = Job(name, **dict(distill="offline") | settings, out=out, cuts=tuple(f"{a}:{b}" for a, b in record["cuts"]))
     check_words(job)
     check_student(job, config, cache)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = student_tokenizer(path, config, job.trust_remote_code)
+    if tokenizer is None: raise ValueError(f"{path} has no tokenizer: save the student with one, save_student(student, folder, tokenizer)")
     lessons = make_lessons(job, tokenizer) or make_lessons(job, tokenizer, _load_teacher(job, config))
     corpora = make_texts(replace(job, calibration="self"), tokenizer)[1]
     return _distill_saved(job, path, config, tokenizer, lessons, corpora, cache)
+
+# %% ../nbs/13_pipeline.ipynb #87950eb9
+def check_lengths(
+    job:Job, # the request
+    config,  # of a student
+):
+    "ValueError where windows are longer than the model can read."
+    from linearpatch.models import text_config
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    if longest and job.seq_len > longest: raise ValueError(f"--seq-len is {job.seq_len}, the model has {longest} positions: give less")
 
 # %% ../nbs/13_pipeline.ipynb #3e9f1a58
 def check_student(
@@ -569,8 +570,7 @@ def check_student(
 ):
     "ValueError where windows are too long, or the predictions would not fit on the disk."
     from linearpatch.models import text_config
-    longest = getattr(text_config(config), "max_position_embeddings", None)
-    if longest and job.seq_len > longest: raise ValueError(f"--seq-len is {job.seq_len}, the model has {longest} positions: give less")
+    check_lengths(job, config)
     place = work_folder(job.out) / "cache" if cache is None else Path(cache).expanduser()
     if cache is not None and place.absolute().is_relative_to(Path(job.out).expanduser().absolute()):
         raise ValueError(f"--cache {cache} lies in the output folder, which is only made at the end: give another place")
@@ -582,9 +582,9 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
     "Train, measure and write; all or nothing."
     import json
     import matplotlib.pyplot as plt
+    from linearpatch.checkpoint import output_folder, save_student
     from linearpatch.distillation import plot_history
     from linearpatch.evaluation import perplexity
-    from linearpatch.pruning import output_folder, save_student
     from linearpatch.report import plain, png_bytes
     def measured(student):
         with _stage(job, "perplexity"): return {c: perplexity(student, w, job.batch_size, job.progress) for c, w in corpora.items()}
@@ -597,8 +597,38 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
         (folder / "figures" / "distillation.png").write_bytes(png_bytes(figure))
         plt.close(figure)
         (folder / "distillation.json").write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
-        with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer)
+        with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer, card=dict(distillation=result, perplexity=result["perplexity"]))
     return result
+
+# %% ../nbs/13_pipeline.ipynb #6fa77ea4
+def fold_job(
+    folder,                 # what `run` wrote, or the model/ in it
+    out,                    # folder to write: a plain model, its tokenizer beside it
+    calibration="wikitext2", # text to fold with, where the fold is not exact
+    samples=32,             # windows of it
+    seq_len=2048,           # tokens in a window
+    tolerance=0.01,         # refuse a fold whose KL from the patched student is above this, nats a token
+    force=False,            # ... unless forced
+    refine=0,               # steps of fitting the bases, see `fold`
+    **settings,             # further fields of `Job`: batch_size, bos, dtype, device_map, seed, trust_remote_code, progress
+):                          # a `Folding`
+    "Fold a student that was saved earlier into a plain checkpoint; ValueError for bad input or a fold that costs too much; nothing is written then."
+    from transformers import AutoTokenizer
+    from linearpatch.calibration import load_windows
+    from linearpatch.folding import fold
+    from linearpatch.pruning import load_student, save_student
+    path, config = student_folder(folder, settings.get("trust_remote_code", False))
+    job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
+    check_words(job)
+    check_lengths(job, config)
+    if job.calibration == "self": raise ValueError("--calibration self needs the intact model, and folding does not load it: give a text")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=job.trust_remote_code)
+    def text(): return load_windows(calibration, tokenizer, seq_len=seq_len, samples=samples, bos=job.bos, seed=job.seed)
+    with _stage(job, f"loading {path}"), _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
+    with _stage(job, "folding the patch into the weights"):
+        folded = fold(student, text, tolerance, force, share=True, refine=refine, batch_size=job.batch_size)
+    with _stage(job, "writing"), _no_bar(): save_student(folded, out, tokenizer)
+    return folded.folding
 
 # %% ../nbs/13_pipeline.ipynb #e609e570
 _options = dict(
@@ -625,6 +655,6 @@ def command_line(
         value = getattr(job, name)
         if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
     words += ["--compare"] * (command == "run" and bool(job.families))
-    words += ["--gradient-checkpointing"] * job.gradient_checkpointing
+    words += ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))

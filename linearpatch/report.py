@@ -216,13 +216,15 @@ def rows(
     m, ppl, families = record["model"], record["perplexity"], record["families"]
     dense = {c: (p["dense"], math.nan, None) for c, p in ppl.items()}
     out = [dict(name="dense", layers=m["layers"], saved=False, cells=dense)]
-    for family in dict.fromkeys(f for c in families.values() for f in c):
+    tried = dict.fromkeys(f for c in families.values() for f in c)
+    kept = next((f for f in ("folded", "distilled") if f in tried), record["patch"])
+    for family in tried:
         name, cells = "pruned" if family == "none" else "+ " + family, {}
         for c, p in ppl.items():
             value = families[c].get(family)
             closed = math.nan if family == "none" else gap_closed(p["dense"], p["pruned"], value)
             cells[c] = value, closed, record["kl"].get(c, {}).get(family)
-        out.append(dict(name=name, layers=m["layers_after"], saved=family == ("distilled" if "distillation" in record else record["patch"]), cells=cells))
+        out.append(dict(name=name, layers=m["layers_after"], saved=family == kept, cells=cells))
     return out
 
 # %% ../nbs/12_report.ipynb #8c264b0c
@@ -289,7 +291,7 @@ def _because(record):
 # %% ../nbs/12_report.ipynb #67ce5b26
 def _best(record, corpus):
     "A sentence on the best patch, where several were tried and it is not the saved one."
-    tried = {f: v for f, v in record["families"][corpus].items() if v is not None and f != "distilled"}
+    tried = {f: v for f, v in record["families"][corpus].items() if v is not None and f not in ("distilled", "folded")}
     best = min(tried, key=tried.get)
     if best in (record["patch"], "none"): return ""
     p = record["perplexity"][corpus]

@@ -70,7 +70,7 @@ def test_demo_is_quiet(demo): assert not re.search(r"warn|Traceback|deprecat", d
 
 def test_demo_student_is_what_was_measured(demo, playground):
     from linearpatch.evaluation import perplexity
-    from linearpatch.pruning import load_student
+    from linearpatch.checkpoint import load_student
     r = Report.load(demo[0])
     _, corpora = make_texts(Job("playground", calibration="passages", eval=("passages",), seq_len=T, samples=1), playground[1])
     assert perplexity(load_student(demo[0] / "model"), corpora["passages"]) == pytest.approx(r["perplexity"]["passages"]["distilled"], rel=1e-4)
@@ -333,7 +333,8 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_distil_a_saved_student(capsys, saved, mode):
-    from linearpatch.pruning import load_student, patch_modules
+    from linearpatch.checkpoint import load_student
+    from linearpatch.pruning import patch_modules
     words = ["distill", saved, "--distill", mode, *[w for w in small if w not in ("--samples", "8")], *train]
     code, out, err = cli(capsys, *words, "--out", "trained")
     assert code == 0 and "Loading" not in err, err
@@ -389,7 +390,7 @@ def test_bad_distillation(capsys, tmp_path, words, said):
 
 
 def test_distil_needs_a_patched_student(capsys, saved):
-    for folder, said in (("nowhere", "there is no folder"), (playground_path(), "holds no patched student")):
+    for folder, said in (("nowhere", "there is no folder"), (playground_path(), "no student")):
         code, _, err = cli(capsys, "distill", folder, "--calibration", "passages", "--out", "new")
         assert code == 2 and said in err
     other = make("llama"); other.save_pretrained("other")

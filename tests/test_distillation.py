@@ -11,7 +11,8 @@ from linearpatch.fusion import fit_patch
 from linearpatch.hadamard import make_rotation
 from linearpatch.mismatch import collect
 from linearpatch.models import Cut, load_model, n_layers
-from linearpatch.pruning import load_student, patch_modules, prune, save_student
+from linearpatch.checkpoint import load_student, save_student
+from linearpatch.pruning import patch_modules, prune
 from linearpatch.selection import run_model, token_kl
 
 CUT = Cut(2, 4)
