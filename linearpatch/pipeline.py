@@ -498,8 +498,23 @@ def _over_teacher(job, folder, teacher):
     "The student of a folder again, over the teacher's own weights."
     from linearpatch.checkpoint import load_student, student_patches
     from linearpatch.pruning import prune
-    with _no_bar(): patches = student_patches(load_student(folder, trust_remote_code=job.trust_remote_code))
-    return prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
+    with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
+    folded, student.config.linearpatch["folded"] = student.config.linearpatch.get("folded", []), [] # what stays as it is
+    patches = student_patches(student)
+    again = prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
+    for f in folded: _copy_mlp(student, again, f["layer"])
+    again.config.linearpatch["folded"] = folded
+    return again
+
+def _copy_mlp(student, again, layer):
+    "Give a student the last MLP matrix of a layer of another, with what is multiplied into it."
+    import torch
+    from linearpatch.models import decoder_layers, mlp_weights
+    old, new = decoder_layers(student)[layer], decoder_layers(again)[layer]
+    for path, key in mlp_weights(old):
+        for k in (key, "bias" if key == "weight" else f"{key}_bias"):
+            weight = getattr(old.get_submodule(path), k, None)
+            if weight is not None: setattr(new.get_submodule(path), k, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
 def _load_teacher(job, config):

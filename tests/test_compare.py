@@ -13,7 +13,8 @@ from linearpatch.fusion import Patch, fit_patch
 from linearpatch.mismatch import collect, layer_states
 from linearpatch.models import Cut, decoder_layers, load_playground, n_layers, remove_layers
 from linearpatch.pipeline import Job, _over_teacher
-from linearpatch.pruning import prune, save_student
+from linearpatch.checkpoint import save_student
+from linearpatch.pruning import prune
 from linearpatch.selection import select
 
 
