@@ -9,6 +9,7 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 evaluation = cfg["eval_requirements"].split()
+serving = cfg["serve_requirements"].split()
 development = cfg["dev_requirements"].split()
 status = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}[cfg["status"]]
 readme = here / "README.md"
@@ -34,9 +35,9 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"eval": evaluation, "dev": evaluation + development},
+    extras_require={"eval": evaluation, "serve": serving, "dev": evaluation + serving + development},
     packages=find_packages(include=["linearpatch", "linearpatch.*"]),
-    package_data={"linearpatch": ["playground/*", "passages/**/*", "tasks/*", "py.typed"]},
+    package_data={"linearpatch": ["playground/*", "passages/**/*", "tasks/*", "recipes/*", "py.typed"]},
     include_package_data=False,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["linearpatch=linearpatch._modidx:d"]},
     zip_safe=False,

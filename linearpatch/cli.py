@@ -7,10 +7,11 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'CompareOpt', 'FoldOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt', 'PromptOpt', 'BosOpt',
            'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
-           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'RivalsOpt', 'SkipOpt', 'OwnOpt', 'OneCutOpt',
-           'TasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'FolderArg', 'NewOpt', 'TeacherOpt',
-           'CacheOpt', 'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose',
-           'compare_rivals', 'distill_saved', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
+           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt',
+           'RivalsOpt', 'SkipOpt', 'OwnOpt', 'OneCutOpt', 'TasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt',
+           'TableOpt', 'ROW', 'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt',
+           'RowResumeOpt', 'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose',
+           'compare_rivals', 'distill_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -128,6 +129,13 @@ def diagnose(
         device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
+# %% ../nbs/16_cli.ipynb #0c993826
+FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
+NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
+TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
+CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
+    "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
+
 # %% ../nbs/16_cli.ipynb #f97a3b02
 RivalsOpt = _option(Optional[str], "--only", "Names of methods, with commas: nothing, shortgpt, sleb, taylor, prune-comp, diagonal, linearpatch, linearpatch-code, "
     "sleb-patched, taylor-patched, ghosted, replaceme, replaceme-cosine, streamline, foldable, ours. Without it: all.", HOW)
@@ -162,13 +170,6 @@ def compare_rivals(
         batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     print(f"{result.text(costs=True)}\n\ntable   {out}/compare.md\nrecord  {out}/compare.json\nfigure  {out}/figures/compare.png")
 
-# %% ../nbs/16_cli.ipynb #0c993826
-FolderArg = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="What `linearpatch run` wrote, or the model/ in it.")]
-NewOpt = _option(Path, "--out", "Folder to write: model/, distillation.json and figures/. It must not exist yet, or be empty.", WHAT)
-TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or Hub name. Without it: the one that the student names.", WHAT)
-CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
-    "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
-
 # %% ../nbs/16_cli.ipynb #61422625
 @app.command("distill", epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")
 def distill_saved(
@@ -191,6 +192,37 @@ def distill_saved(
     print(f"KL on {result['heldout']} windows set aside: {result['history'][0]['heldout']:.4f} -> "
           f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
     print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
+
+# %% ../nbs/16_cli.ipynb #042490f4
+ROW = "Which row"
+RowArg = Annotated[Optional[str], typer.Argument(metavar="NAME", show_default=False, help="A recipe, such as llama3-8b-5-of-32; --list shows all.")]
+ListOpt = _option(bool, "--list", "Show every recipe: what it does, what was published, what it needs, and whether it has been reproduced.", ROW)
+RowOutOpt = _option(Optional[Path], "--out", "Folder to write: what `run` writes, and reproduction.json. It must not exist yet, or be empty.", ROW)
+DryOpt = _option(bool, "--dry-run", "Try the recipe on a tiny random model of the same class and depth: nothing is fetched, and the numbers mean nothing.", ROW)
+RowTasksOpt = _option(bool, "--tasks/--no-tasks", "Run the tasks that the row has figures for?", ROW)
+RowSamplesOpt = _option(Optional[int], "--samples", "Calibration windows, instead of the recipe's.", TEXT)
+RowForceOpt = _option(bool, "--force", "Go on although disk or memory seem too small.", MACHINE)
+RowResumeOpt = _option(bool, "--resume", "Go on with an interrupted run of the same recipe in the same --out.", ROW)
+
+# %% ../nbs/16_cli.ipynb #e82f3e01
+@app.command("reproduce", epilog="Example: linearpatch reproduce llama3-8b-5-of-32 --device-map auto --out row")
+def reproduce_row(
+    name:RowArg=None, out:RowOutOpt=None, list_:ListOpt=False, dry_run:DryOpt=False, tasks:RowTasksOpt=True, resume:RowResumeOpt=False,
+    samples:RowSamplesOpt=None, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None, seed:SeedOpt=0,
+    force:RowForceOpt=False, trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Run a row that the paper published, and put what was measured beside what was printed.
+
+    Before it starts it says what it needs (download, disk, memory, time), and refuses where something is missing."""
+    from linearpatch.reproduce import RECORD, find_recipe, list_recipes, report_entry, run_recipe
+    if list_: return print(list_recipes())
+    if name is None: raise ValueError("which row? linearpatch reproduce --list shows them all")
+    find_recipe(name)
+    if out is None and not dry_run: raise ValueError("where to? Give --out DIR (only --dry-run goes without)")
+    result = run_recipe(name, out, dry_run, tasks, samples, force, resume, dtype, device_map, batch_size, seed, trust_remote_code, progress=True)
+    print(result)
+    if out is not None: print(f"\nrecord  {out}/{RECORD}")
+    if not dry_run: print(f"\nTo report it, add this to linearpatch/recipes/reproduced.toml:\n\n{report_entry(result)}")
 
 # %% ../nbs/16_cli.ipynb #34bca810
 PlainOpt = _option(Path, "--out", "Folder to write: a plain model, as save_pretrained writes it. It must not exist yet, or be empty.", WHAT)

@@ -32,7 +32,8 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .calibration import Windows, check_seq_len
 from .models import check_folder, fingerprint, load_model, text_config
-from .pruning import load_student, patch_modules
+from .checkpoint import load_student
+from .pruning import patch_modules
 from .selection import run_model, token_kl, token_nll
 
 # %% ../nbs/11_evaluation.ipynb #7a2fde41

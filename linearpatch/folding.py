@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .calibration import Windows
 from .models import decoder_layers, hidden_size, input_device, layers_name, text_config
 from .selection import run_model, token_kl, token_nll
-from .pruning import NAMES, _patch_input, _patch_output, patch_modules
+from .pruning import NAMES, _patch_input, _patch_output, guard, patch_modules
 
 # %% ../nbs/08_folding.ipynb #294b764b
 def _is_identity(B): return torch.equal(B, torch.eye(len(B), dtype=B.dtype))
@@ -101,7 +101,8 @@ class _Watch:
             self.outputs[path] = self.note(path, out[0] if isinstance(out, tuple) else out)
         return hook
 
-def _is_norm(module): return "norm" in type(module).__name__.lower()
+def _is_norm(module): # a NormHead is a matrix
+    return "norm" in type(module).__name__.lower() and all(p.dim() < 2 for p in module.parameters(recurse=False))
 
 # %% ../nbs/08_folding.ipynb #7caab058
 def _watch(model, tokens=16):
@@ -237,7 +238,7 @@ def _without_patches(model):
             for key in [k for k, f in hooks.items() if f in (_patch_input, _patch_output)]:
                 del hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
-    return model
+    return guard(model)
 
 def _plain(student):
     "The student without its patches, over the same tensors."
@@ -411,6 +412,17 @@ def _attempt(student, plan, home, batches, probe):
     _set_constants(folded, plan, constants)
     _check(student, folded, plan, basis, constants, probe[0])
     return folded, Folding(exact, home, *_compare(student, folded, probe), untied, constants, spread)
+
+# %% ../nbs/08_folding.ipynb #e41c90d7
+def _best(student, plan, options, batches, probe):
+    "The nearest attempt, of which an exact one ends the search; the first ValueError where none succeeds."
+    done, errors = [], []
+    for home in options: # one may leave alone what another cannot touch
+        try: done.append(_attempt(student, plan, home, batches, probe))
+        except ValueError as e: errors.append(e)
+        if done and done[-1][1].exact: break
+    if not done: raise errors[0]
+    return min(done, key=lambda a: a[1].kl)
 
 # %% ../nbs/08_folding.ipynb #67aabaa8
 @torch.no_grad()

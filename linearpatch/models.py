@@ -289,6 +289,10 @@ def prune_config(
     if getattr(config, "attention_types", None) and hasattr(config, "attention_layers"): # GPT-Neo's run-length code
         config.attention_types = [[list(config.attention_layers), 1]]
     config.num_hidden_layers = len(kept)
+    own = vars(config).get("_heterogeneity_spec") # transformers 5: settings of single layers, by number
+    if own is not None:
+        own = own.per_layer_overrides
+        config.per_layer_config = {j: own[i] for j, i in enumerate(kept) if i in own}
 
 # %% ../nbs/00_models.ipynb #98f2b45a
 def _skeleton(model, config):
@@ -316,14 +320,24 @@ def _compare(what, a, b, i, j):
                              f"but its new place {j} would make it {b.get(k)}; {_remedy}")
     return {k: b[k] for k in index}
 
+# %% ../nbs/00_models.ipynb #5b2f9e63
+def _forced(config):
+    "The entries that the config's class changes when it reads them back."
+    read = type(config).from_dict(config.to_dict())
+    was, now = (text_config(c).to_dict() for c in (config, read))
+    return {k for k in was if now.get(k) != was[k]}
+
 # %% ../nbs/00_models.ipynb #91319beb
 def _new_indices(model, kept):
     "For each kept layer, {(module path, attribute): new index}; ValueError if the pruned config would build another model."
     config = copy.deepcopy(model.config)
     prune_config(text_config(config), kept)
     name, what = layers_name(model), f"{type(model).__name__} cannot lose these layers"
-    try: old, new = _skeleton(model, copy.deepcopy(model.config)), _skeleton(model, config)
+    try:
+        forced = _forced(config) - _forced(model.config)
+        old, new = _skeleton(model, copy.deepcopy(model.config)), _skeleton(model, config)
     except Exception as e: raise ValueError(f"{what}: its config cannot describe the rest ({e}); {_remedy}") from e
+    if forced: raise ValueError(f"{what}: read again, the pruned config would have another {sorted(forced)[0]}; {_remedy}")
     a, b = ({k: tuple(v.shape) for k, v in m.state_dict().items() if not k.startswith(name + ".")} for m in (old, new))
     if a != b:
         raise ValueError(f"{what}: {sorted(k for k in a if a[k] != b.get(k))[:2]} have one part for each layer; {_remedy}")

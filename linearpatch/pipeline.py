@@ -29,15 +29,18 @@ class Job:
     metric: str = "cosine"       # what chooses the cut
     patch: str = "hadamard"      # family of the saved student's patches
     families: tuple = ()         # further families to compare with
+    averaging: str = "ratio-of-means" # how d is averaged, see `channel_scale`
+    per_layer: bool = False      # the patch of a cut is the product of one patch for each removed layer
     calibration: str = "wikitext2" # corpus, file, or "self"
     samples: int = 128           # calibration windows
     seq_len: int = 2048          # tokens in a window
     batch_size: int = 1          # windows at once
-    eval: tuple = ("wikitext2",) # corpora or files to measure perplexity on
+    eval: tuple = ("wikitext2",) # corpora (with another split: "ptb:validation") or files to measure perplexity on
     prompts: tuple = ()          # beginnings to be continued by dense, pruned and patched
     distill: Optional[str] = None # train the patch: "offline", "online" or not at all
     distill_samples: int = 5000  # windows of the calibration text to train on
     distill_batch_size: int = 1  # of them in a step
+    overlap: bool = False        # may they overlap? 5,000 of 2,048 tokens must, in a text as short as WikiText-2
     top_k: int = 100             # offline: tokens of the teacher kept for each prediction
     lr: float = 1e-4             # peak learning rate
     epochs: int = 1              # passes over the windows
@@ -64,11 +67,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def _one_of(what, value, names):
     if value not in names: raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(names)}")
 
+# %% ../nbs/13_pipeline.ipynb #3a7255d5
+def _corpus_split(source):
+    "(corpus, split) of a name such as `ptb:validation`; None for anything else."
+    corpus, colon, split = str(source).partition(":")
+    return (corpus, split) if colon and split and corpus in _SOURCES else None
+
 # %% ../nbs/13_pipeline.ipynb #0a8143d1
 def _check_source(what, source, extra=()):
     "ValueError where a text is neither a known name nor a file with something in it."
     names, path = _SOURCES + tuple(extra), Path(source).expanduser()
-    if source in names: return
+    if source in names or _corpus_split(source): return
     known = f"one of {', '.join(names)}"
     if path.is_dir(): raise ValueError(f"{what} {source} is a folder: give one text file, or {known}")
     if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor {known}")
@@ -90,11 +99,23 @@ def check_words(
     _one_of("metric", job.metric, METRICS)
     for family in (job.patch, *job.families): _one_of("patch", family, FAMILIES)
     _one_of("dtype", job.dtype, DTYPES)
+    _check_scale(job)
     _check_source("--calibration", job.calibration, ("self",))
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
     if job.fold and job.patch == "none": raise ValueError("--fold folds a patch, and --patch is none: choose another, such as hadamard")
     _check_training(job)
+
+# %% ../nbs/13_pipeline.ipynb #8d6069bf
+def _check_scale(job):
+    "ValueError for a way of estimating the patch that there is not."
+    from linearpatch.fusion import NEEDS_MOMENTS
+    from linearpatch.scaling import AVERAGINGS
+    _one_of("averaging", job.averaging, AVERAGINGS)
+    heavy = NEEDS_MOMENTS & {job.patch, *job.families}
+    if job.per_layer and (not job.cuts or heavy):
+        raise ValueError("per_layer multiplies one patch for each removed layer: give the cuts, and a patch that scales "
+                         f"(scalar, diagonal, hadamard){', not ' + ', '.join(sorted(heavy)) if heavy else ''}")
 
 # %% ../nbs/13_pipeline.ipynb #6d204b85
 def _check_training(job):
@@ -200,8 +221,9 @@ def make_texts(
     if job.calibration != "self":
         calibration = load_windows(job.calibration, tokenizer, split="calibration", samples=job.samples, **common)
     for source in job.eval:
-        name = source if source in _SOURCES else Path(source).name
-        corpora[name] = load_windows(source, tokenizer, split="heldout", samples=None, **common)
+        corpus, split = _corpus_split(source) or (source, "heldout")
+        name = source if corpus in _SOURCES else Path(source).name
+        corpora[name] = load_windows(corpus, tokenizer, split=split, samples=None, **common)
     return calibration, corpora
 
 # %% ../nbs/13_pipeline.ipynb #c67ff55f
@@ -213,7 +235,7 @@ def make_lessons(
     "The windows to distil on; ValueError for a text that is too short."
     from linearpatch.calibration import load_windows, sample_windows
     common = dict(seq_len=job.seq_len, samples=job.distill_samples, seed=job.seed)
-    if job.calibration != "self": return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, **common)
+    if job.calibration != "self": return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, overlap=job.overlap, **common)
     return None if model is None else sample_windows(model, tokenizer, batch_size=8, **common)
 
 # %% ../nbs/13_pipeline.ipynb #52414d20
@@ -234,7 +256,7 @@ def diagnose_model(
     everywhere = job.metric == "patch-aware" and job.patch in NEEDS_MOMENTS # each candidate is scored with its own patch
     common = dict(rotation=make_rotation(hidden_size(model)), batch_size=job.batch_size, progress=job.progress)
     with _stage(job, "statistics of every layer and candidate cut"):
-        if given: stats = collect(model, windows, cuts=given, moments=given if heavy else (), **common)
+        if given: stats = collect(model, windows, cuts=_compared(job, given), moments=given if heavy else (), **common)
         else: stats = collect(model, windows, n_remove=job.remove, moments="all" if everywhere else (), **common)
     with _stage(job, f"choice of the layers ({'given' if given else job.metric})"):
         selection = select(model, stats, windows, job.remove, metric=job.metric, cuts=given or None, seed=job.seed,
@@ -304,14 +326,28 @@ def continuation(
                          temperature=temperature, top_k=40, top_p=1.0, pad_token_id=pad)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
+# %% ../nbs/13_pipeline.ipynb #7233840e
+def _compared(job, cuts):
+    "The cuts whose two sides the pass compares: the given ones, and each removed layer by itself where it gets a patch of its own."
+    from linearpatch.models import Cut
+    return [*cuts, *(Cut(l, l + 1) for c in cuts for l in c)] if job.per_layer else cuts
+
+def _patch(job, stats, cut, family):
+    "The patch of a cut: fitted across it, or the product of those fitted across its layers, in their order."
+    import torch
+    from linearpatch.fusion import Patch, fit_patch
+    if not job.per_layer: return fit_patch(stats, cut, family, job.averaging)
+    parts = [fit_patch(stats, type(cut)(l, l + 1), family, job.averaging) for l in cut]
+    matrix = torch.linalg.multi_dot([p.matrix for p in parts]) if len(parts) > 1 else parts[0].matrix
+    return Patch(matrix, family, cut, parts[0].info | dict(layers=len(parts)))
+
 # %% ../nbs/13_pipeline.ipynb #db1a44a2
 def _students(job, model, stats, selection):
     "The students by patch family, `none` first, all on the teacher's weights, and the patches of the saved one."
-    from linearpatch.fusion import fit_patch
     from linearpatch.pruning import prune
     students, saved = {}, []
     for family in dict.fromkeys(("none", *job.families, job.patch)):
-        patches = None if family == "none" else [fit_patch(stats, cut, family) for cut in selection.cuts]
+        patches = None if family == "none" else [_patch(job, stats, cut, family) for cut in selection.cuts]
         students[family] = prune(model, selection.cuts, patches, share=True)
         if family == job.patch: saved = patches or []
     return students, saved
@@ -499,7 +535,8 @@ def _over_teacher(job, folder, teacher):
     from linearpatch.checkpoint import load_student, student_patches
     from linearpatch.pruning import prune
     with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
-    folded, student.config.linearpatch["folded"] = student.config.linearpatch.get("folded", []), [] # what stays as it is
+    folded = student.config.linearpatch.get("folded", [])
+    student.config.linearpatch = student.config.linearpatch | {"folded": []} # these parts are copied, not fitted again
     patches = student_patches(student)
     again = prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
     for f in folded: _copy_mlp(student, again, f["layer"])
@@ -507,13 +544,14 @@ def _over_teacher(job, folder, teacher):
     return again
 
 def _copy_mlp(student, again, layer):
-    "Give a student the last MLP matrix of a layer of another, with what is multiplied into it."
+    "Give a student the last MLP matrix, with what is multiplied into it, of a layer of another."
     import torch
     from linearpatch.models import decoder_layers, mlp_weights
     old, new = decoder_layers(student)[layer], decoder_layers(again)[layer]
     for path, key in mlp_weights(old):
-        for k in (key, "bias" if key == "weight" else f"{key}_bias"):
-            weight = getattr(old.get_submodule(path), k, None)
+        module, bias = old.get_submodule(path), "bias" if key == "weight" else f"{key}_bias"
+        for k in (key, bias):
+            weight = getattr(module, k, None)
             if weight is not None: setattr(new.get_submodule(path), k, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
@@ -631,7 +669,7 @@ def fold_job(
     from transformers import AutoTokenizer
     from linearpatch.calibration import load_windows
     from linearpatch.folding import fold
-    from linearpatch.pruning import load_student, save_student
+    from linearpatch.checkpoint import load_student, save_student
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
     check_words(job)

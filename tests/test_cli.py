@@ -76,6 +76,14 @@ def test_demo_student_is_what_was_measured(demo, playground):
     assert perplexity(load_student(demo[0] / "model"), corpora["passages"]) == pytest.approx(r["perplexity"]["passages"]["distilled"], rel=1e-4)
 
 
+def test_demo_student_has_a_card(demo):
+    card, r = (demo[0] / "model" / "README.md").read_text(), Report.load(demo[0])
+    assert "| passages | " + " | ".join(f"{r['perplexity']['passages'][k]:.2f}" for k in ("dense", "pruned", "patched", "distilled")) + " |" in card
+    assert f"{r['calibration']['samples']} windows of {r['calibration']['seq_len']} tokens" in card and "| Distillation | " in card
+    a, b = r["cuts"][0]
+    assert f"layers {a} to {b - 1} (counted from 0) of {r['model']['layers']}" in card and r["command"] in card
+
+
 def test_readme_prints_the_demo(demo):
     "The table in README.md holds the numbers that the demo finds."
     text = (root / "README.md").read_text(encoding="utf-8")

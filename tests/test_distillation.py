@@ -1,7 +1,7 @@
 "Distillation: the loss, the cache, both objectives on every architecture, and runs that are killed."
 import copy, json, multiprocessing, random, time
 import pytest, torch
-from tiny import CONFIGS, make, random_patch
+from tiny import CONFIGS, fresh as make, random_patch
 from linearpatch import distillation
 from linearpatch.calibration import Windows, load_windows
 from linearpatch.distillation import (DistillationError, Full, LEARN, Offline, Online, TopKCache, Training, bytes_per_token, cache_teacher, check_room,

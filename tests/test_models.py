@@ -4,8 +4,9 @@ import pytest, torch, transformers as tf
 from linearpatch.models import *
 from tiny import CONFIGS, IDS, bypass, headed, llama, make, new_tokens, old
 
-PATHS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "gpt-j": "transformer.h", "gpt-neo": "transformer.h", "gpt-neox": "gpt_neox.layers",
-         "falcon": "transformer.h", "bloom": "transformer.h", "mpt": "transformer.blocks"}
+PATHS = {"opt": "model.decoder.layers", "opt-350m": "model.decoder.layers", "gpt2": "transformer.h", "gpt-j": "transformer.h", "gpt-neo": "transformer.h",
+         "gpt-neox": "gpt_neox.layers", "falcon": "transformer.h", "falcon-40b": "transformer.h", "bloom": "transformer.h", "mpt": "transformer.blocks",
+         "gemma3-images": "model.language_model.layers"}
 
 
 def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
@@ -132,6 +133,15 @@ def test_config_indices():
     assert (sparse.mlp_only_layers, sparse.decoder_sparse_step) == ([0, 1, 3], 1)
 
 
+def test_config_settings_of_single_layers():
+    "Gemma 4: every second layer has wider heads, and the last one must."
+    teacher = make("gemma4")
+    assert [int(i) for i in teacher.config.to_dict()["per_layer_config"]] == [1, 3, 5]
+    student = remove_layers(teacher, [Cut(0, 1), Cut(2, 3)])
+    assert [int(i) for i in student.config.to_dict()["per_layer_config"]] == [0, 1, 3] and len(teacher.config.layer_types) == 6
+    with pytest.raises(ValueError, match="would have another layer_types"): remove_layers(teacher, Cut(5, 6))
+
+
 def test_config_special_tokens_are_no_layers():
     config = tf.LlamaConfig(**{**llama, "num_hidden_layers": 2, "eos_token_id": [1, 3]})
     assert remove_layers(make(config), Cut(0, 1)).config.eos_token_id == [1, 3]
@@ -172,7 +182,8 @@ def test_multimodal():
     (lambda: tf.GPT2Config(**old, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     (lambda: tf.DiffLlamaConfig(**llama), r"lambda_init"),
     (lambda: tf.JambaConfig(**{k: v for k, v in llama.items() if k != "max_position_embeddings"}, num_experts=4, mamba_d_state=4,
-                            attn_layer_period=3, attn_layer_offset=1), "a saved student would differ")])
+                            attn_layer_period=3, attn_layer_offset=1), "a saved student would differ"),
+    (lambda: tf.Gemma4TextConfig(**headed, hidden_size_per_layer_input=4, vocab_size_per_layer_input=64), "one part for each layer")])
 def test_refused(config, match):
     model = make(config())
     before = copy.deepcopy(model.config.to_dict())

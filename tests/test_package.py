@@ -49,7 +49,8 @@ def test_one_list_of_requirements(metadata):
     assert runtime == names(cfg["requirements"].split())
     extra = lambda name: names(r for r in found if re.search(rf"extra == .{name}.", r))
     assert extra("eval") == names(cfg["eval_requirements"].split())
-    assert extra("dev") == names(cfg["eval_requirements"].split()) | names(cfg["dev_requirements"].split())
+    assert extra("serve") == names(cfg["serve_requirements"].split())
+    assert extra("dev") == extra("eval") | extra("serve") | names(cfg["dev_requirements"].split())
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"version", "dependencies", "optional-dependencies"} <= set(project["dynamic"]), "settings.ini is the one place"
 
@@ -77,6 +78,7 @@ def test_the_wheel_holds_the_bundled_data(wheel):
     assert any(n.startswith("linearpatch/passages/heldout/") for n in packed)
     assert {"linearpatch/tasks/offline.yaml", "linearpatch/tasks/pairs_case.jsonl"} <= packed
     assert {f"linearpatch/{p.name}" for p in lib.glob("*.py")} <= packed
+    assert {f"linearpatch/recipes/{p.name}" for p in (lib / "recipes").glob("*.toml")} <= packed
 
 
 def test_licence(wheel, metadata):

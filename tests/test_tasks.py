@@ -8,7 +8,8 @@ import linearpatch.evaluation as E
 from linearpatch.evaluation import (GROUPS, OFFLINE, PAPER, NotFiniteError, TaskScore, TaskScores, check_memory, compare_tasks, evaluate_tasks, load_tasks,
                                     memory_needed, retained, task_names, tasks_path, worse_tasks)
 from linearpatch.models import Cut, load_playground, playground_path
-from linearpatch.pruning import prune, save_student
+from linearpatch.checkpoint import save_student
+from linearpatch.pruning import prune
 from repo import root
 from tiny import random_patch
 
