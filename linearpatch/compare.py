@@ -23,8 +23,8 @@ from .calibration import Windows
 from .mismatch import Stats, collect, layer_states, mlp_states
 from .fusion import FAMILIES, NEEDS_MOMENTS, Patch, fit_patch
 from .selection import Selection, Suffix, given_cuts, select
-from .checkpoint import output_folder
 from .pruning import patch_modules, prune
+from .checkpoint import output_folder
 from .distillation import cache_teacher, distill
 from .evaluation import Evaluation, NotFiniteError, protocol, score_students
 from .report import number, plain, png_bytes, versions, windows_record
