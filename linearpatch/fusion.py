@@ -186,9 +186,10 @@ def cross_error(
     ridge:float,   # strength, see `joint_least_squares`
     averaging:str="ratio-of-means", # of the prior's scale
 ) -> float:        # sum of w |z W - y|^2 over all tokens, each judged by the fit that has not seen it
-    "The error of the joint fit in twofold cross-validation, from sums alone."
+    "The error of the joint fit in twofold cross-validation, from sums alone; infinite where there is only one window."
     whole, prior = stats.moments[cut], _hadamard(stats, cut, averaging)
     halves = [whole.half, whole - whole.half]
+    if not all(half.weight > 0 for half in halves): return float("inf") # nothing to validate with
     fit = lambda m: torch.cat(joint_least_squares(m, prior, ridge)) if m.has_mlp else least_squares(m.xx, m.xy, prior, ridge)
     return sum(heldout_error(b, fit(a)) for a, b in (halves, halves[::-1]))
 
@@ -213,7 +214,7 @@ def prior_share(
     whole, prior = stats.moments[cut], _hadamard(stats, cut, averaging)
     alone = heldout_error(whole, torch.cat([prior, torch.zeros_like(prior)]) if whole.has_mlp else prior)
     fit = cross_error(stats, cut, ridge, averaging)
-    return fit / max(fit + alone, 1e-300)
+    return fit / max(fit + alone, 1e-300) if fit < float("inf") else 1.
 
 def between(
     moments:Moments, # of a cut, with its MLP parts
