@@ -8,7 +8,8 @@ from linearpatch.hadamard import make_rotation, random_orthogonal
 from linearpatch.folding import PROBE_TOKENS, Folding, anatomy, bases, fold
 from linearpatch.mismatch import collect
 from linearpatch.models import Cut, decoder_layers, load_model, n_layers
-from linearpatch.pruning import load_student, patch_modules, prune, save_student
+from linearpatch.checkpoint import load_student, save_student
+from linearpatch.pruning import patch_modules, prune
 from tiny import CONFIGS, gpt, headed, llama, new_tokens
 
 C, CUT = 32, Cut(2, 4)
