@@ -7,11 +7,13 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'CompareOpt', 'FoldOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt', 'PromptOpt', 'BosOpt',
            'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
-           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt',
-           'RivalsOpt', 'SkipOpt', 'OwnOpt', 'OneCutOpt', 'TasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt',
-           'TableOpt', 'ROW', 'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt',
-           'RowResumeOpt', 'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose',
-           'compare_rivals', 'distill_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
+           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'TASK', 'TasksOpt', 'TaskLimitOpt', 'TaskBatchOpt',
+           'TaskBosOpt', 'TaskCacheOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'RivalsOpt', 'SkipOpt',
+           'OwnOpt', 'OneCutOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'ModelsArg', 'GroupsOpt',
+           'AMONG', 'DenseOpt', 'PrunedOpt', 'LimitOpt', 'ShotsOpt', 'KeepOpt', 'BatchTextsOpt', 'ROW', 'RowArg',
+           'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt', 'RowResumeOpt', 'PlainOpt',
+           'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose', 'compare_rivals',
+           'distill_saved', 'evaluate_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -24,7 +26,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .pipeline import DEMO_PROMPTS, distill_job, fold_job, one_line, run_job
+from .pipeline import DEMO_PROMPTS, distill_job, evaluate_job, fold_job, one_line, run_job, task_cache
 
 # %% ../nbs/16_cli.ipynb #369965d4
 app = typer.Typer(
@@ -85,13 +87,23 @@ PatienceOpt = _option(Optional[int], "--patience", "Stop after so many measureme
 RecomputeOpt = _option(bool, "--gradient-checkpointing", "Spare memory: compute activations again for the gradient.", TRAIN)
 ResumeOpt = _option(bool, "--resume", "Go on with the distillation that the same command began, from OUT.distill.", TRAIN)
 
+# %% ../nbs/16_cli.ipynb #78b72eaa
+TASK = "Tasks"
+TasksOpt = _option(Optional[list[str]], "--tasks", "Measure accuracy, too, on tasks of lm-eval by name, or a group: offline (bundled), paper (the paper's nine), "
+    "mmlu (5-shot). Repeat it, or separate by commas.", TASK)
+TaskLimitOpt = _option(Optional[int], "--task-limit", "Only the first items of each task.", TASK)
+TaskBatchOpt = _option(int, "--task-batch-size", "Texts at once.", TASK)
+TaskBosOpt = _option(Optional[bool], "--task-bos/--no-task-bos", "Begin each text with BOS? Without it: as the tokenizer does. The paper's lm-eval did not.", TASK)
+TaskCacheOpt = _option(Optional[Path], "--task-cache", "Folder that keeps the results, so that the intact model is measured once.", TASK)
+
 # %% ../nbs/16_cli.ipynb #9a56cc83
 @app.command(epilog="Example: linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9")
 def run(
     model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None,
     metric:MetricOpt="cosine", patch:PatchOpt="hadamard", compare:CompareOpt=False, fold:FoldOpt=False,
     calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"],
-    prompt:PromptOpt=None, bos:BosOpt=True,
+    prompt:PromptOpt=None, bos:BosOpt=True, tasks:TasksOpt=None, task_limit:TaskLimitOpt=None, task_batch_size:TaskBatchOpt=16,
+    task_bos:TaskBosOpt=None, task_cache:TaskCacheOpt=None,
     distill:DistillOpt=None, distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100,
     lr:LrOpt=1e-4, epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0.,
     patience:PatienceOpt=None, gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
@@ -105,6 +117,7 @@ def run(
     report = run_job(
         model, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (), fold=fold,
         calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or DEMO_PROMPTS),
+        tasks=tuple(tasks or ()), task_limit=task_limit, task_batch_size=task_batch_size, task_bos=task_bos, task_cache=task_cache,
         bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, distill=distill,
         distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn,
         accumulate=accumulate, weight_decay=weight_decay, patience=patience, gradient_checkpointing=gradient_checkpointing,
@@ -193,6 +206,33 @@ def distill_saved(
           f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
     print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
 
+# %% ../nbs/16_cli.ipynb #96916a46
+ModelsArg = Annotated[list[str], typer.Argument(metavar="MODEL...", show_default=False, help="Folders of models, of students or of runs, Hub names, or 'playground'. "
+    "The first is the baseline.")]
+GroupsOpt = _option(list[str], "--tasks", "Tasks of lm-eval by name, or a group: offline (bundled), paper (the paper's nine), mmlu (5-shot). Repeat it, or separate by commas.", TASK)
+AMONG = "Which models"
+DenseOpt = _option(Optional[str], "--dense", "The intact model, if it is not the first.", AMONG)
+PrunedOpt = _option(Optional[str], "--pruned", "The student without a patch: tasks on which another one is worse are marked.", AMONG)
+LimitOpt = _option(Optional[int], "--limit", "Only the first items of each task.", TASK)
+ShotsOpt = _option(Optional[int], "--num-fewshot", "Solved examples before each question. Without it: 5 for mmlu, else as the task says.", TASK)
+KeepOpt = _option(Optional[Path], "--cache", "Folder that keeps the results, task by task. Without it: one in the user's cache.", TASK)
+TableOpt = _option(Optional[Path], "--out", "Folder to write: tasks.json and tasks.md. Without it: the table is only printed.", AMONG)
+BatchTextsOpt = _option(int, "--batch-size", "Texts at once.", MACHINE)
+
+# %% ../nbs/16_cli.ipynb #f214ee88
+@app.command("evaluate", epilog="Example: linearpatch evaluate org/model-7b model-9 --tasks paper --dtype bfloat16 --device-map auto --batch-size 8")
+def evaluate_saved(
+    models:ModelsArg, tasks:GroupsOpt=["offline"], dense:DenseOpt=None, pruned:PrunedOpt=None, out:TableOpt=None, limit:LimitOpt=None,
+    num_fewshot:ShotsOpt=None, bos:TaskBosOpt=None, cache:KeepOpt=None, batch_size:BatchTextsOpt=16, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Accuracy of saved models on tasks, and how much of the baseline's each retains.
+
+    Results are kept, task by task: an interrupted evaluation goes on where it stopped."""
+    table = evaluate_job(models, tasks, dense, pruned, out, progress=True, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, bos=bos,
+                         cache=cache or task_cache(), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    print(f"{table}\n\nresults are kept in {cache or task_cache()}" + (f"\ntable  {out}/tasks.md\nrecord {out}/tasks.json" if out else ""))
+
 # %% ../nbs/16_cli.ipynb #042490f4
 ROW = "Which row"
 RowArg = Annotated[Optional[str], typer.Argument(metavar="NAME", show_default=False, help="A recipe, such as llama3-8b-5-of-32; --list shows all.")]
@@ -250,6 +290,7 @@ def fold_saved(
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
+    tasks=(),    # to measure accuracy on
 ) -> dict:       # keywords for `run_job`
     "What `linearpatch demo` runs."
     from linearpatch.fusion import FAMILIES
@@ -257,12 +298,13 @@ def demo_settings(
     return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES,
                 calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed,
                 distill="online", distill_samples=176, distill_batch_size=4, lr=1e-2, epochs=2,
-                checkpoint=False) # it takes seconds
+                checkpoint=False, # it takes seconds
+                tasks=tuple(tasks), task_batch_size=64)
 
 # %% ../nbs/16_cli.ipynb #f1663194
 @app.command(epilog="Example: linearpatch demo --out demo")
 def demo(
-    out:OutOpt=Path("demo"), remove:RemoveOpt=None, seed:SeedOpt=0, # each is told by the help
+    out:OutOpt=Path("demo"), remove:RemoveOpt=None, seed:SeedOpt=0, tasks:TasksOpt=None, # each is told by the help
 ):
     """The whole story on the bundled model, in less than two minutes on two CPU cores, without a network.
 
@@ -270,8 +312,8 @@ def demo(
     the intact, the pruned and the revived model continue one sentence. Then open report.html."""
     import torch
     torch.set_num_threads(1) # the playground's matrices are too small to share: threads would only wait for each other
-    extra = "".join(f" --{k} {v}" for k, v in (("remove", remove), ("seed", seed)) if v)
-    settings = demo_settings(remove, seed)
+    extra = "".join(f" --{k} {v}" for k, v in (("remove", remove), ("seed", seed), ("tasks", ",".join(tasks or ()))) if v)
+    settings = demo_settings(remove, seed, tasks or ())
     report = run_job(**settings, out=out, progress=True, command=shlex.join(["linearpatch", "demo", "--out", str(out)]) + extra)
     tell(report, out, demo=True)
 
@@ -290,10 +332,12 @@ def _tell_diagnosis(report):
 def _tell_results(report, out):
     "The table, what its signs mean, and the continuations."
     import textwrap
+    from linearpatch.evaluation import TaskTable
     from linearpatch.report import table
     chosen = "as given" if report["metric"] == "given" else f"chosen by {report['metric']}"
     removed = ", ".join(f"[{a}, {b})" for a, b in report["cuts"])
     print(f"{table(report)}\n* saved in {out}/model; removed: {removed}, {chosen}\n")
+    if "tasks" in report: print(f"{TaskTable(report['tasks'])}\n")
     for c in report["continuations"]:
         print(f"{c['prompt']} ...")
         for key in [k for k in ("dense", "pruned", "patched", "distilled") if k in c]:

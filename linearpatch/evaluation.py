@@ -292,7 +292,7 @@ def task_names(
     with _quiet(): known = OFFLINE if set(names) <= set(OFFLINE) else _manager(False).all_tasks
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, [*GROUPS, *known], 4)
+            near = difflib.get_close_matches(name, dict.fromkeys([*GROUPS, *known]), 4)
             raise ValueError(f"there is no task {name!r}: " + (f"perhaps {', '.join(near)}?" if near else
                              f"take {', '.join(GROUPS)}, or a name that `lm_eval ls tasks` prints"))
     return names
@@ -549,9 +549,10 @@ class TaskTable(dict):
         return [["accuracy, %", *scores], *tasks, *summary]
 
     def notes(self):
-        "A line for each model with tasks that its patch made worse."
+        "A line for each model with tasks that its patch made worse, and for each that gave no numbers."
         told = lambda w: ", ".join(f"{t} ({100 * d:+.1f}, standard error {100 * e:.1f})" for t, (d, e) in w.items())
-        return [f"! {m} is worse than without its patch on {told(w)}" for m, w in self["worse"].items() if w]
+        return [f"! {m} is worse than without its patch on {told(w)}" for m, w in self["worse"].items() if w] + \
+               [f"{m} is left out: its log-likelihoods are not finite" for m in self["missing"]]
 
     def _repr_markdown_(self): return "\n\n".join([_markdown(self.rows()), *(f"*{n}*" for n in self.notes())])
     def __str__(self): return "\n".join([_aligned(self.rows()), *self.notes()])
@@ -561,6 +562,7 @@ def compare_tasks(
     scores:dict, # {model: TaskScores}
     dense=None,  # which of them is intact; None: the first
     pruned=None, # which has no patch; None: there is none
+    missing=(),  # names of models that gave no numbers, to be told below
 ) -> TaskTable:
     "Retained performance of each model, and the tasks on which a patch made things worse."
     dense = next(iter(scores)) if dense is None else dense
@@ -568,4 +570,4 @@ def compare_tasks(
     plain = {m: {t: {k: v for k, v in asdict(x).items() if k != "hits"} for t, x in s.items()} for m, s in scores.items()}
     worse = {m: worse_tasks(s, scores[pruned]) for m, s in scores.items() if pruned and m not in (dense, pruned)}
     return TaskTable(dense=dense, scores=plain, retained={m: dict(value=r.value, stderr=r.stderr, paired=r.paired) for m, r in rp.items()},
-                     worse={m: {t: list(v) for t, v in w.items()} for m, w in worse.items()})
+                     worse={m: {t: list(v) for t, v in w.items()} for m, w in worse.items()}, missing=list(missing))

@@ -92,11 +92,11 @@ class Moments:
         return cls(new(), new(), 0., new(), 0., *parts, 0., cls.zeros(C, mlp) if half else None)
     @property
     def has_mlp(self): return self.mm is not None
-    def combine(self, other, sign):
+    def _combine(self, other, sign):
         pairs = ((getattr(self, f), getattr(other, f)) for f in self.__dataclass_fields__)
         return Moments(*(None if a is None or b is None else a + b if sign > 0 else a - b for a, b in pairs))
-    def __add__(self, other): return self.combine(other, 1)
-    def __sub__(self, other): return self.combine(other, -1)
+    def __add__(self, other): return self._combine(other, 1)
+    def __sub__(self, other): return self._combine(other, -1)
     def __repr__(self): return f"Moments of {len(self.xx)} channels{', with the MLP' * self.has_mlp}"
 
 # %% ../nbs/02_mismatch.ipynb #5aa960b5

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache',
-           'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'continuation', 'train_patch',
-           'prepare', 'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student', 'fold_job',
-           'command_line']
+           'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'measure_tasks', 'continuation',
+           'train_patch', 'prepare', 'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student',
+           'task_cache', 'evaluate_job', 'fold_job', 'command_line']
 
 # %% ../nbs/13_pipeline.ipynb #7bfc0f17
 import contextlib
@@ -37,6 +37,11 @@ class Job:
     batch_size: int = 1          # windows at once
     eval: tuple = ("wikitext2",) # corpora (with another split: "ptb:validation") or files to measure perplexity on
     prompts: tuple = ()          # beginnings to be continued by dense, pruned and patched
+    tasks: tuple = ()            # tasks or groups of them to measure accuracy on
+    task_limit: Optional[int] = None # only the first items of each
+    task_batch_size: int = 16    # texts at once
+    task_bos: Optional[bool] = None # begin each text with BOS? None: as the tokenizer does
+    task_cache: object = None    # folder that keeps their results; None keeps none
     distill: Optional[str] = None # train the patch: "offline", "online" or not at all
     distill_samples: int = 5000  # windows of the calibration text to train on
     distill_batch_size: int = 1  # of them in a step
@@ -104,6 +109,7 @@ def check_words(
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
     if job.fold and job.patch == "none": raise ValueError("--fold folds a patch, and --patch is none: choose another, such as hadamard")
+    _check_tasks(job)
     _check_training(job)
 
 # %% ../nbs/13_pipeline.ipynb #8d6069bf
@@ -128,6 +134,16 @@ def _check_training(job):
     if job.patch == "none": raise ValueError("--distill trains a patch, and --patch is none: choose another, such as hadamard")
     if _keeps_state(job) and (work_folder(job.out) / STATE).exists() and not job.resume:
         raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete its {STATE}")
+
+# %% ../nbs/13_pipeline.ipynb #be04416e
+def _check_tasks(job):
+    "ValueError for tasks that nobody knows, and numbers that make no sense."
+    if not job.tasks: return
+    from linearpatch.evaluation import task_names
+    for name in ("task_limit", "task_batch_size"):
+        if getattr(job, name) is not None and getattr(job, name) < 1: raise ValueError(f"--{name.replace('_', '-')} is {getattr(job, name)}: give at least 1")
+    if job.task_cache is not None and Path(job.task_cache).expanduser().is_file(): raise ValueError(f"{job.task_cache} is a file: give a folder for the results")
+    task_names(job.tasks)
 
 # %% ../nbs/13_pipeline.ipynb #3216ae6f
 def _training(job):
@@ -304,6 +320,26 @@ def measure(
     with _stage(job, "continuations"): texts = [dict(prompt=p, **goes_on(p)) for p in job.prompts]
     return dict(perplexity=ppl, families=families, kl=kl, continuations=texts)
 
+# %% ../nbs/13_pipeline.ipynb #f0d5e5fc
+def measure_tasks(
+    job:Job,   # the request
+    model,     # the intact model
+    tokenizer, # its tokenizer
+    students,  # {family: student}, "none" for the one without a patch
+    loaded,    # what `load_tasks` returned
+):             # a `TaskTable`
+    "Accuracy of the teacher and of each student on the tasks, and what is retained."
+    from linearpatch.evaluation import NotFiniteError, compare_tasks, evaluate_tasks
+    scores, missing = {}, []
+    for family, student in {"dense": model, **students}.items():
+        name = "pruned" if family == "none" else family
+        with _stage(job, f"tasks: {name}"):
+            try: scores[name] = evaluate_tasks(student, tokenizer, loaded, job.task_limit, batch_size=job.task_batch_size, bos=job.task_bos, cache=job.task_cache)
+            except NotFiniteError:
+                if family == "dense": raise
+                missing.append(name)
+    return compare_tasks(scores, "dense", "pruned" if "pruned" in scores else None, missing)
+
 # %% ../nbs/13_pipeline.ipynb #354266e0
 def continuation(
     model,         # a causal language model
@@ -409,7 +445,7 @@ def _notes(job, stats):
 
 # %% ../nbs/13_pipeline.ipynb #81243cbc
 def _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more):
-    "Put the record together; `more` is `distillation`, if there was one."
+    "Put the record together; `more` is `distillation` and `tasks`, if there were any."
     from linearpatch.report import Report, describe_model, draw_figures, figure_numbers, scale_record, versions, windows_record
     report = Report(
         schema=1, command=command, model=describe_model(model, model_name(job), selection.cuts, len(saved)),
@@ -432,6 +468,13 @@ def _load(job, tokenizer):
         if _is_playground(job.model) and job.dtype == "auto": return load_playground()[0], tokenizer
         model, _ = load_model(_location(job), job.dtype, job.device_map, job.trust_remote_code)
     return model, tokenizer
+
+# %% ../nbs/13_pipeline.ipynb #19eb1049
+def _load_tasks(job):
+    "The items of the tasks, before any weights: data may be out of reach."
+    if not job.tasks: return None
+    from linearpatch.evaluation import load_tasks
+    with _stage(job, "items of the tasks"): return load_tasks(job.tasks)
 
 # %% ../nbs/13_pipeline.ipynb #5ab1c0de
 def prepare(
@@ -463,9 +506,10 @@ def run_job(
     "All steps: check, load, diagnose, choose, patch, measure, write. ValueError for bad input, before anything is computed or written."
     job = Job(model, **settings)
     given = check_job(job)
+    tasks = _load_tasks(job) if evaluate else None
     model, tokenizer, windows, corpora, lessons = prepare(job, tokenizer, evaluate)
     command = command or command_line(job, "run" if evaluate else "diagnose")
-    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons)
+    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons, tasks)
 
 # %% ../nbs/13_pipeline.ipynb #dfdec738
 @contextlib.contextmanager
@@ -490,7 +534,7 @@ def _fold_best(job, students, best, windows):
     return "folded", f"The saved model is folded, plain transformers load it. {students['folded'].folding}."
 
 # %% ../nbs/13_pipeline.ipynb #34f95fd7
-def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
+def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons, tasks):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
     from linearpatch.checkpoint import output_folder, save_student
     from linearpatch.pruning import prune
@@ -506,6 +550,7 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
                 more["distillation"] = train_patch(job, students["distilled"], model, lessons, work)
             if job.fold: best, why = _fold_best(job, students, best, windows)
             measured = measure(job, model, tokenizer, corpora, students)
+            if tasks: more["tasks"] = dict(measure_tasks(job, model, tokenizer, students, tasks))
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more)
         if evaluate and job.fold: report["notes"].append(why)
         if folder is not None:
@@ -653,6 +698,62 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
         with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer, card=dict(distillation=result, perplexity=result["perplexity"]))
     return result
 
+# %% ../nbs/13_pipeline.ipynb #7a49399f
+def task_cache() -> Path: # the folder
+    "Where the command line keeps results of tasks: `$XDG_CACHE_HOME/linearpatch/tasks`, or `~/.cache/linearpatch/tasks`."
+    import os
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearpatch" / "tasks"
+
+def _task_models(models, dense, pruned):
+    "{name in the table: model}, the baseline first; ValueError for a folder that is not there, or two of one name."
+    from linearpatch.models import check_folder
+    named = {}
+    for m in dict.fromkeys([*([dense] if dense else []), *models, *([pruned] if pruned else [])]):
+        job, name = Job(m), Path(str(m).rstrip("/")).name
+        if name == "model" and Path(m).is_dir(): name = Path(m).resolve().parent.name
+        if not (Path(m).expanduser() / "model" / "config.json").is_file(): check_folder(_location(job))
+        if name in named: raise ValueError(f"{named[name]} and {m} would both be called {name} in the table: rename one of the folders")
+        named[name] = _location(job)
+    if not named: raise ValueError("nothing to evaluate: give at least one model")
+    return named
+
+# %% ../nbs/13_pipeline.ipynb #d24f7de2
+def evaluate_job(
+    models,           # folders (of a model, a student, or a run) and Hub names, "playground"
+    tasks=("offline",), # tasks or groups of them
+    dense=None,       # the baseline, if it is not the first
+    pruned=None,      # the one without a patch: tasks on which others are worse are marked
+    out=None,         # folder to write: tasks.json, tasks.md; None writes nothing
+    progress=False,   # tell on stderr what is being done
+    num_fewshot=None, # solved examples before each question; None: as is the custom
+    **settings,       # limit, batch_size, bos, cache, dtype, device_map, trust_remote_code, as of `evaluate_tasks`
+):                    # a `TaskTable`
+    "Compare saved models on tasks; ValueError for bad input before any weights are read. What is finished is kept in `cache`."
+    from linearpatch.evaluation import compare_tasks, evaluate_tasks, load_tasks
+    from linearpatch.pruning import check_output
+    named = _task_models([models] if isinstance(models, (str, Path)) else models, dense, pruned)
+    if out is not None: check_output(out)
+    loaded, scores, job = load_tasks(tasks, num_fewshot), {}, Job(None, progress=progress)
+    try:
+        for name, place in named.items():
+            with _stage(job, f"tasks: {name}"), _no_bar(): scores[name] = evaluate_tasks(place, tasks=loaded, progress=progress, **settings)
+    except KeyboardInterrupt:
+        if settings.get("cache"): print(f"\nfinished tasks are kept in {settings['cache']}: the same command goes on from there", file=sys.stderr)
+        raise
+    table = compare_tasks(scores, pruned=next((n for n, p in named.items() if pruned and p == _location(Job(pruned))), None))
+    if out is not None: _save_tasks(table, out)
+    return table
+
+# %% ../nbs/13_pipeline.ipynb #faf927a7
+def _save_tasks(table, out):
+    "tasks.json for programs, tasks.md for people."
+    import json
+    from linearpatch.pruning import output_folder
+    from linearpatch.report import plain
+    with output_folder(out) as folder:
+        (folder / "tasks.json").write_text(json.dumps(plain(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / "tasks.md").write_text(table._repr_markdown_() + "\n", encoding="utf-8")
+
 # %% ../nbs/13_pipeline.ipynb #6fa77ea4
 def fold_job(
     folder,                 # what `run` wrote, or the model/ in it
@@ -686,7 +787,8 @@ def fold_job(
 # %% ../nbs/13_pipeline.ipynb #e609e570
 _options = dict(
     remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
-    seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype",
+    seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", tasks="--tasks",
+    task_limit="--task-limit", task_batch_size="--task-batch-size", task_cache="--task-cache", dtype="--dtype",
     device_map="--device-map", seed="--seed", distill="--distill", distill_samples="--distill-samples",
     distill_batch_size="--distill-batch-size", top_k="--top-k", lr="--lr", epochs="--epochs", learn="--learn",
     accumulate="--accumulate", weight_decay="--weight-decay", patience="--patience")
@@ -709,5 +811,6 @@ def command_line(
         if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
     words += ["--compare"] * (command == "run" and bool(job.families))
     words += ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
+    words += [] if job.task_bos is None else ["--task-bos" if job.task_bos else "--no-task-bos"]
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))

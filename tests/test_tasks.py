@@ -144,6 +144,13 @@ def test_batches_change_nothing(playground, loaded, dense):
     assert evaluate_tasks(*playground, {"pairs_question": loaded["pairs_question"]}, batch_size=7)["pairs_question"] == dense["pairs_question"]
 
 
+def test_a_group_counts_as_one_task(playground, loaded, dense):
+    "As mmlu does: all items together."
+    group = evaluate_tasks(*playground, {"both": loaded["pairs_case"] + loaded["pairs_determiner"]}, batch_size=64)["both"]
+    assert group.hits == dense["pairs_case"].hits + dense["pairs_determiner"].hits and group.n == 400
+    assert group.value == (dense["pairs_case"].value + dense["pairs_determiner"].value) / 2
+
+
 def test_a_nan_is_named(playground, loaded):
     model = prune(playground[0], Cut(2, 8), random_patch(Cut(2, 8), 64))
     with torch.no_grad(): model.model.layers[2].linear_patch.weight[3] = math.nan
@@ -323,3 +330,98 @@ def test_examples_before_the_question(playground):
     assert zero.config.num_fewshot == 0 and two.config.num_fewshot == 2 and E.FEWSHOT == {"mmlu": 5}
     a, b = (evaluate_tasks(*playground, {"pairs_numeral": [t]}, limit=40) for t in (zero, two))
     assert a != b and b == evaluate_tasks(*playground, {"pairs_numeral": [two]}, limit=40)
+
+
+# The commands
+
+def cli(capsys, *words):
+    from linearpatch.cli import main
+    with pytest.raises(SystemExit) as e: main([str(w) for w in words])
+    out, err = capsys.readouterr()
+    return e.value.code, out, err
+
+
+@pytest.fixture
+def student_folder(tmp_path, playground):
+    "A saved student, where a run would have put it."
+    save_student(prune(playground[0], Cut(2, 8), random_patch(Cut(2, 8), 64), share=True), tmp_path / "six" / "model", playground[1])
+    return tmp_path / "six"
+
+
+def test_a_run_with_tasks(tmp_path, playground, loaded):
+    from linearpatch.pipeline import run_job
+    from linearpatch.report import Report, page
+    settings = dict(cuts=("2:8",), samples=16, batch_size=16, calibration="passages", eval=("passages",), seq_len=128, out=tmp_path / "out", families=("lstsq",))
+    report = run_job(*playground, **settings, tasks=("pairs_case", "stories_person"), task_limit=50, task_batch_size=50)
+    again = Report.load(tmp_path / "out")
+    assert again["tasks"] == json.loads(json.dumps(report["tasks"])) and list(report["tasks"]["scores"]) == ["dense", "pruned", "lstsq", "hadamard"]
+    some = {t: loaded[t] for t in ("pairs_case", "stories_person")}
+    a, b = (evaluate_tasks(m, playground[1], some, limit=50, batch_size=50) for m in (playground[0], prune(playground[0], Cut(2, 8), share=True)))
+    rp = retained(b, a)
+    assert report["tasks"]["retained"]["pruned"] == dict(value=rp.value, stderr=rp.stderr, paired=True)
+    assert report["tasks"]["scores"]["dense"]["stories_person"]["value"] == a["stories_person"].value
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Tasks</h2>" in html and f"<td>{100 * rp.value:.2f}</td>" in html
+    without = {k: v for k, v in again.items() if k != "tasks"}
+    assert "<h2>Tasks</h2>" not in page(without)
+    assert "--tasks pairs_case --tasks stories_person --task-limit 50 --task-batch-size 50" in report["command"]
+    broken = dict(again, tasks=dict(again["tasks"], retained={"dense": {}}))
+    from linearpatch.report import check_report
+    with pytest.raises(ValueError, match=r"tasks\.retained\.\*\.value"): check_report(broken)
+
+
+def test_a_student_of_nan_is_left_out(playground, loaded):
+    from linearpatch.pipeline import Job, measure_tasks
+    student = prune(playground[0], Cut(2, 8), random_patch(Cut(2, 8), 64))
+    with torch.no_grad(): student.model.layers[2].linear_patch.weight[0] = math.nan
+    table = measure_tasks(Job(playground[0], task_limit=8), *playground, {"none": prune(playground[0], Cut(2, 8), share=True), "lstsq": student}, {"pairs_case": loaded["pairs_case"]})
+    assert list(table["scores"]) == ["dense", "pruned"] and "lstsq is left out" in str(table)
+
+
+def test_evaluate_command(capsys, tmp_path, student_folder, playground, loaded, counted):
+    words = ["evaluate", "playground", student_folder, "--tasks", "pairs_case,pairs_numeral", "--limit", 40, "--cache", tmp_path / "kept"]
+    code, out, _ = cli(capsys, *words, "--out", tmp_path / "table")
+    assert code == 0 and len(counted) == 4
+    table = json.loads((tmp_path / "table" / "tasks.json").read_text(encoding="utf-8"))
+    direct = evaluate_tasks(playground[0], playground[1], {t: loaded[t] for t in ("pairs_case", "pairs_numeral")}, limit=40)
+    assert table["dense"] == "playground" and table["scores"]["playground"]["pairs_numeral"]["value"] == direct["pairs_numeral"].value
+    assert f"{100 * table['retained']['six']['value']:.2f}" in out and "| RP |" in (tmp_path / "table" / "tasks.md").read_text(encoding="utf-8")
+    counted.clear()
+    assert cli(capsys, *words)[0] == 0 and counted == [], "nothing is measured twice"
+    code, out, _ = cli(capsys, *words, "--pruned", student_folder, "--dense", "playground")
+    assert code == 0 and counted == []
+
+
+def test_evaluate_interrupted(capsys, tmp_path, monkeypatch):
+    run = E._run_task
+    def stop(lm, task, limit, progress):
+        if task.config.task == "pairs_numeral": raise KeyboardInterrupt
+        return run(lm, task, limit, progress)
+    monkeypatch.setattr(E, "_run_task", stop)
+    code, _, err = cli(capsys, "evaluate", "playground", "--tasks", "pairs_case,pairs_numeral", "--limit", 4, "--cache", tmp_path / "kept", "--out", tmp_path / "table")
+    assert code == 130 and f"finished tasks are kept in {tmp_path / 'kept'}" in err
+    assert [p.name.split("-")[0] for p in (tmp_path / "kept").iterdir()] == ["pairs_case"] and not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["evaluate", "playground", "--tasks", "pairs_cas"], "no task 'pairs_cas': perhaps pairs_case"),
+    (["evaluate", "no/such/folder"], "there is no folder no/such/folder"),
+    (["evaluate", "playground", "--limit", "0"], "limit=0: give 1 or more"),
+    (["run", "playground", "--remove", "2", "--tasks", "offlin", "--out", "x"], "no task 'offlin': perhaps offline"),
+    (["run", "playground", "--remove", "2", "--tasks", "offline", "--task-limit", "0", "--out", "x"], "--task-limit is 0: give at least 1")])
+def test_refused_in_one_line(capsys, tmp_path, monkeypatch, no_weights, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(capsys, *words)
+    assert code == 2 and said in err and err.count("error:") == 1 and "Traceback" not in err and not (tmp_path / "x").exists()
+
+
+def test_two_folders_of_one_name(capsys, tmp_path, student_folder):
+    import shutil
+    shutil.copytree(student_folder, tmp_path / "other" / "six")
+    code, _, err = cli(capsys, "evaluate", student_folder, tmp_path / "other" / "six")
+    assert code == 2 and "would both be called six" in err
+
+
+def test_the_demo_takes_tasks():
+    from linearpatch.cli import demo_settings
+    assert demo_settings(tasks=("offline",))["tasks"] == ("offline",) and demo_settings()["tasks"] == ()
