@@ -654,7 +654,7 @@ def _score_all(bench, results, students, corpora, tasks, tokenizer):
         for r in results: r.perplexity[c], r.kl[c] = scores[of(r)]
     if tasks:
         retained = _on_tasks(bench, distinct, tasks, tokenizer)
-        for r in results: r.retained = retained[of(r)]
+        for r in results: r.retained = retained.get(of(r), {})
     return dense, {c: protocol(w) for c, w in corpora.items()}
 
 # %% ../nbs/14_compare.ipynb #b511e942
@@ -664,8 +664,12 @@ def _on_tasks(bench, students, tasks, tokenizer):
     run = lambda m: evaluate_tasks(m, tokenizer, tasks, **bench.common)
     _say(bench, f"{len(tasks)} tasks, {len(students) + 1} models")
     dense = run(bench.model)
-    found = {label: retained(run(s), dense) for label, s in students.items()}
-    return {label: dict(value=r.value, stderr=r.stderr) for label, r in found.items()}
+    found = {}
+    for label, student in students.items():
+        try: r = retained(run(student), dense)
+        except NotFiniteError: continue # its row has no perplexity either
+        found[label] = dict(value=r.value, stderr=r.stderr)
+    return found
 
 # %% ../nbs/14_compare.ipynb #777f5641
 SHORT = dict(lr=1e-2, epochs=2, batch_size=4) # the distillation of small models, on the calibration windows

@@ -227,6 +227,27 @@ def test_the_same_run_gives_the_same_record(world, tmp_path):
     assert "peak MiB" in (tmp_path / "a" / "compare.md").read_text()
 
 
+def test_retained_performance_is_that_of_the_tasks(world):
+    pytest.importorskip("lm_eval")
+    from linearpatch.evaluation import evaluate_tasks, load_tasks, retained
+    model, tokenizer, calibration, heldout = world
+    items = load_tasks("pairs_article")
+    result = compare(model, calibration, {"text": heldout}, 4, only=["linearpatch"], own=False, tasks=items, tokenizer=tokenizer, batch_size=16)
+    row = result["linearpatch"]
+    [cut] = [Cut(*c) for c in row.cuts]
+    student = prune(model, cut, [fit_patch(collect(model, calibration, cuts=[cut], batch_size=16), cut)])
+    again = retained(evaluate_tasks(student, tokenizer, items, batch_size=16), evaluate_tasks(model, tokenizer, items, batch_size=16))
+    assert row.retained["value"] == pytest.approx(again.value, abs=0.02) and "RP, %" in str(result)
+    with pytest.raises(ValueError, match="need the tokenizer"): compare(model, calibration, {"text": heldout}, 4, tasks=items)
+
+
+def test_one_window_is_enough_for_every_method(world):
+    model, _, calibration, heldout = world
+    result = compare(model, calibration[:1], {"text": heldout[:2]}, 4, only=["linearpatch", "replaceme", "replaceme-cosine", "foldable", "ours"], own=False)
+    assert all(math.isfinite(r.perplexity["text"]) for r in result.results) and len(result.results) == 5
+    assert result["ours"].perplexity["text"] == pytest.approx(result["linearpatch"].perplexity["text"], rel=0.01)  # nothing can be validated
+
+
 def test_interrupted_leaves_nothing(world, tmp_path, monkeypatch):
     model, tokenizer, _, _ = world
     def interrupt(*a, **kw): raise KeyboardInterrupt
