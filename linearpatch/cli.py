@@ -7,12 +7,12 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'CompareOpt', 'FoldOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt', 'PromptOpt', 'BosOpt',
            'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
-           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'TASK', 'TasksOpt', 'TaskLimitOpt', 'TaskBatchOpt',
-           'TaskBosOpt', 'TaskCacheOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'RivalsOpt', 'SkipOpt',
-           'OwnOpt', 'OneCutOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'ModelsArg', 'GroupsOpt',
-           'AMONG', 'DenseOpt', 'PrunedOpt', 'LimitOpt', 'ShotsOpt', 'KeepOpt', 'BatchTextsOpt', 'ROW', 'RowArg',
-           'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt', 'RowResumeOpt', 'PlainOpt',
-           'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose', 'compare_rivals',
+           'DecayOpt', 'PatienceOpt', 'OverlapOpt', 'RecomputeOpt', 'ResumeOpt', 'TASK', 'TasksOpt', 'TaskLimitOpt',
+           'TaskBatchOpt', 'TaskBosOpt', 'TaskCacheOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'RivalsOpt',
+           'SkipOpt', 'OwnOpt', 'OneCutOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'ModelsArg',
+           'GroupsOpt', 'AMONG', 'DenseOpt', 'PrunedOpt', 'LimitOpt', 'ShotsOpt', 'KeepOpt', 'BatchTextsOpt', 'ROW',
+           'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt', 'RowResumeOpt',
+           'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose', 'compare_rivals',
            'distill_saved', 'evaluate_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
@@ -84,6 +84,7 @@ LearnOpt = _option(str, "--learn", "What of the patch learns: full, diagonal (in
 AccumulateOpt = _option(int, "--accumulate", "Forward passes for one step.", TRAIN)
 DecayOpt = _option(float, "--weight-decay", "Pull toward the patch as it was fitted.", TRAIN)
 PatienceOpt = _option(Optional[int], "--patience", "Stop after so many measurements without a gain (there are ten, evenly spread). Without it: never.", TRAIN)
+OverlapOpt = _option(bool, "--overlap", "Windows to distil on may overlap, for a text too short for so many: WikiText-2 has fewer tokens than 5,000 windows of 2,048.", TRAIN)
 RecomputeOpt = _option(bool, "--gradient-checkpointing", "Spare memory: compute activations again for the gradient.", TRAIN)
 ResumeOpt = _option(bool, "--resume", "Go on with the distillation that the same command began, from OUT.distill.", TRAIN)
 
@@ -106,7 +107,7 @@ def run(
     task_bos:TaskBosOpt=None, task_cache:TaskCacheOpt=None,
     distill:DistillOpt=None, distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100,
     lr:LrOpt=1e-4, epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0.,
-    patience:PatienceOpt=None, gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    patience:PatienceOpt=None, gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, overlap:OverlapOpt=False, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
     """Remove layers from any causal language model, patch the seam, measure, and save the student.
@@ -121,7 +122,7 @@ def run(
         bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, distill=distill,
         distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn,
         accumulate=accumulate, weight_decay=weight_decay, patience=patience, gradient_checkpointing=gradient_checkpointing,
-        resume=resume, trust_remote_code=trust_remote_code, progress=True)
+        resume=resume, overlap=overlap, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
 # %% ../nbs/16_cli.ipynb #749f550d
@@ -189,7 +190,7 @@ def distill_saved(
     folder:FolderArg, out:NewOpt, teacher:TeacherOpt=None, mode:ModeOpt="offline", distill_samples:DistillSamplesOpt=5000,
     distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, cache:CacheOpt=None, lr:LrOpt=1e-4, epochs:EpochsOpt=1,
     learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0., patience:PatienceOpt=None,
-    gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
+    gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, overlap:OverlapOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
     eval:EvalOpt=["wikitext2"], bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
@@ -199,7 +200,7 @@ def distill_saved(
     result = distill_job(
         folder, out, teacher, cache, distill=mode, distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k,
         lr=lr, epochs=epochs, learn=learn, accumulate=accumulate, weight_decay=weight_decay, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, resume=resume, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
+        gradient_checkpointing=gradient_checkpointing, resume=resume, overlap=overlap, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
         batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     for c, p in result["perplexity"].items(): print(f"perplexity on {c}: {p['patched']:.2f} -> {p['distilled']:.2f}")
     print(f"KL on {result['heldout']} windows set aside: {result['history'][0]['heldout']:.4f} -> "

@@ -251,7 +251,10 @@ def make_lessons(
     "The windows to distil on; ValueError for a text that is too short."
     from linearpatch.calibration import load_windows, sample_windows
     common = dict(seq_len=job.seq_len, samples=job.distill_samples, seed=job.seed)
-    if job.calibration != "self": return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, overlap=job.overlap, **common)
+    if job.calibration != "self":
+        try: return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, overlap=job.overlap, **common)
+        except ValueError as e:
+            raise e if job.overlap or "too short" not in str(e) else ValueError(f"{e}; or let the windows to distil on overlap: --overlap") from e
     return None if model is None else sample_windows(model, tokenizer, batch_size=8, **common)
 
 # %% ../nbs/13_pipeline.ipynb #52414d20
@@ -810,7 +813,7 @@ def command_line(
         value = getattr(job, name)
         if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
     words += ["--compare"] * (command == "run" and bool(job.families))
-    words += ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
+    words += ["--overlap"] * job.overlap + ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
     words += [] if job.task_bos is None else ["--task-bos" if job.task_bos else "--no-task-bos"]
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'BYTES', 'CORPUS_TOKENS', 'TASK_TOKENS', 'EFFICIENCY', 'DRY_WIDTH', 'DRY_LEN', 'PAPER_TASKS', 'RELATIVE',
-           'ROWS', 'FIGURES', 'RECORD', 'HAS_TASKS', 'Recipe', 'recipes', 'find_recipe', 'removed_cuts', 'n_removed',
+           'ROWS', 'FIGURES', 'RECORD', 'Recipe', 'recipes', 'find_recipe', 'removed_cuts', 'n_removed',
            'layer_parameters', 'count_parameters', 'cache_bytes', 'memory_bytes', 'count_flops', 'matmul_speed',
            'amount', 'duration', 'Estimate', 'estimate', 'model_cached', 'missing', 'device_of', 'free_memory',
            'shortage', 'check_ready', 'dry_model', 'job_settings', 'printed_beside', 'compare_figures',
@@ -591,7 +591,6 @@ def _command(recipe, out, dry_run, tasks, samples, machine):
 
 # %% ../nbs/15_reproduce.ipynb #r15c0072
 RECORD = "reproduction.json"
-HAS_TASKS = hasattr(Job, "tasks") # can a run measure tasks?
 
 def run_recipe(
     name:str,                # of a recipe
@@ -611,7 +610,7 @@ def run_recipe(
     "Run a published row and put what was measured beside what was printed; ValueError, before anything is loaded, for what is missing."
     recipe = find_recipe(name)
     machine = dict(dtype=dtype, device_map=device_map, batch_size=batch_size, seed=seed, trust_remote_code=trust_remote_code)
-    settings = job_settings(recipe, dry_run, samples, tasks and HAS_TASKS)
+    settings = job_settings(recipe, dry_run, samples, tasks)
     finished = _check_out(recipe, out, resume)
     if not dry_run: _announce(recipe, out, tasks, force, machine, progress)
     model, tokenizer = dry_model(recipe, seed) if dry_run else (_where(recipe), None)

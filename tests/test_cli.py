@@ -425,3 +425,11 @@ def test_nothing_else_in_the_work_folder_is_deleted(capsys, tmp_path):
     (tmp_path / "new.distill").mkdir(); (tmp_path / "new.distill" / "mine.txt").write_text("mine")
     assert cli(capsys, "run", "playground", "--remove", 2, *small, "--distill", "offline", *train, "--out", "new")[0] == 0
     assert [f.name for f in (tmp_path / "new.distill").iterdir()] == ["mine.txt"]
+
+
+def test_a_text_too_short_for_the_windows_to_distil_on(capsys):
+    words = ["run", "playground", "--remove", 2, *small, "--distill", "online", "--distill-samples", 700, "--distill-batch-size", 50, "--lr", 0.01, "--out", "new"]
+    code, out, err = cli(capsys, *words)
+    assert code == 2 and "too short" in err and "--overlap" in err and not Path("new").exists()
+    assert cli(capsys, *words, "--overlap")[0] == 0
+    assert "--overlap" in Report.load("new")["command"]
