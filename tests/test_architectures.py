@@ -2,8 +2,9 @@
 import pytest, torch, transformers as tf
 import matrix
 from matrix import MODELS, PAGE, STEPS, measure, parts, read, table
+from linearpatch.models import Cut
 from linearpatch.pruning import patch_modules
-from tiny import CONFIGS, make
+from tiny import CONFIGS, FakePatch, make, old
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -18,6 +19,14 @@ def test_page():
     assert {name for name, row in results.items() if row["fold scalar"] != "yes"} == {"opt-350m"} # its norms stand in the stream itself
 
 
+def test_hadamard_under_a_layer_norm_needs_a_power_of_two():
+    "As the page says of GPT-2, whose width is 768: here 48."
+    teacher = make(tf.GPT2Config(**old | {"n_embd": 48}))
+    H = matrix.make_rotation(48).dense(torch.float64)
+    student = matrix.prune(teacher, Cut(2, 4), FakePatch(H @ torch.linspace(.9, 1.3, 48, dtype=torch.float64).diag() @ H.T, Cut(2, 4)))
+    with pytest.raises(ValueError, match="power of two"): matrix.fold(student, torch.randint(3, 64, (4, 16)))
+
+
 # -- and the measurement can say no
 
 def broken(monkeypatch, what, do):
@@ -30,7 +39,7 @@ def broken(monkeypatch, what, do):
 
 
 def test_it_sees_a_wrong_fold(monkeypatch):
-    found = broken(monkeypatch, "fold", lambda s: s.model.layers[0].mlp.down_proj.weight.mul_(1.1) is None)
+    found = broken(monkeypatch, "fold", lambda s: setattr(s.model.norm, "weight", torch.nn.Parameter(2 * s.model.norm.weight)))
     assert {found[step] for step in ("fold scalar", "fold rotation", "fold hadamard")} == {"no"} and found["patch"] == "yes"
 
 
