@@ -49,7 +49,7 @@ MetricOpt = _option(str, "--metric", "What chooses the layers. cosine, angular: 
     "misses least. taylor: what the gradient says matters least. patch-aware: what costs least after patching. "
     "random; cosine-channel (for comparison with published code).", HOW)
 PatchOpt = _option(str, "--patch", "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the "
-    "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. none.", HOW)
+    "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. mlp: least squares in the last MLP before the seam. foldable: a scaled rotation and that MLP, which folds away without error. joint: least squares in both, the strongest. none.", HOW)
 CompareOpt = _option(bool, "--compare", "Measure every patch family; the one of --patch is saved.", HOW)
 FoldOpt = _option(bool, "--fold", "Save a plain checkpoint, the patch multiplied into the weights around it: it loads anywhere. "
     "Exact for scalar, procrustes and foldable, nearly for hadamard.", HOW)

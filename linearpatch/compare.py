@@ -21,7 +21,7 @@ from .models import (Cut, check_cuts, decoder_layers, fingerprint, hidden_size, 
                                 remove_layers, runs)
 from .calibration import Windows
 from .mismatch import Stats, collect, layer_states, mlp_states
-from .fusion import FAMILIES, NEEDS_MOMENTS, Patch, fit_patch
+from .fusion import NEEDS_MOMENTS, Patch, fit_patch
 from .selection import Selection, Suffix, given_cuts, select
 from .pruning import patch_modules, prune
 from .checkpoint import output_folder
@@ -522,7 +522,7 @@ Comparison.verdict, Comparison.markdown, Comparison.text = property(_verdict), _
 Comparison.__str__ = Comparison.__repr__ = lambda self: self.text()
 Comparison._repr_markdown_ = lambda self: self.markdown()
 
-# %% ../nbs/14_compare.ipynb #eead0926
+# %% ../nbs/14_compare.ipynb #073357ad
 COST_COLORS = {"nothing": "#0f766e", "a matrix": "#4338ca", "a layer": "#b45309"}
 
 def _panel(ax, rows, corpus, dense):

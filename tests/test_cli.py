@@ -1,5 +1,6 @@
 "The command line: what it writes, what it refuses, and that it leaves nothing half-done."
 import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
 import pytest, torch, transformers as tf
 from linearpatch.cli import main
 from linearpatch.pipeline import _SOURCES, Job, command_line, make_texts, run_job
