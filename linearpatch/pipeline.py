@@ -614,7 +614,7 @@ def fold_job(
     from transformers import AutoTokenizer
     from linearpatch.calibration import load_windows
     from linearpatch.folding import fold
-    from linearpatch.pruning import load_student, save_student
+    from linearpatch.checkpoint import load_student, save_student
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
     check_words(job)
