@@ -37,7 +37,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"eval": evaluation, "serve": serving, "dev": evaluation + serving + development},
     packages=find_packages(include=["linearpatch", "linearpatch.*"]),
-    package_data={"linearpatch": ["playground/*", "passages/**/*", "py.typed"]},
+    package_data={"linearpatch": ["playground/*", "passages/**/*", "tasks/*", "recipes/*", "py.typed"]},
     include_package_data=False,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["linearpatch=linearpatch._modidx:d"]},
     zip_safe=False,

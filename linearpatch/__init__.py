@@ -24,11 +24,16 @@ _names = {
     "fusion": "Patch FAMILIES NEEDS_MOMENTS fit_patch fuse",
     "selection": "Selection METRICS select",
     "pruning": "prune patch_modules",
+    "folding": "fold Folding",
     "checkpoint": "load save_student load_student save_patch load_patch student_patches push_to_hub output_folder",
     "distillation": "distill Training Distilled DistillationError TopKCache cache_teacher",
-    "evaluation": "perplexity kl_divergence evaluate",
+    "evaluation": (
+        "perplexity kl_divergence score_students evaluate evaluate_tasks load_tasks TaskScores retained Retained "
+        "compare_tasks"),
     "report": "Report save_report",
-    "pipeline": "run_job distill_job",
+    "pipeline": "run_job distill_job fold_job evaluate_job",
+    "compare": "Comparison METHODS compare_job",
+    "reproduce": "Recipe recipes run_recipe",
     "cli": "demo_settings",
 }
 

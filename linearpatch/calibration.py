@@ -186,17 +186,18 @@ def _random_starts(n_tokens, length, samples, generator):
     gaps = torch.randint(n_tokens - samples * length + 1, (samples,), generator=generator).sort().values
     return (gaps + length * torch.arange(samples))[torch.randperm(samples, generator=generator)]
 
-def _from_stream(texts, tokenizer, length, samples, stride, generator, source):
+def _from_stream(texts, tokenizer, length, samples, stride, generator, source, overlap=False):
     "Windows of `length` tokens out of one stream of all texts."
     ids = _encode(tokenizer, "\n\n".join(texts))
-    needed = length * (samples or 1)
+    needed = length * (1 if overlap else samples or 1)
     if len(ids) < needed: raise _too_short(len(ids), needed, length, samples, source)
     if samples is None: return ids.unfold(0, length, stride).clone()
-    starts = _random_starts(len(ids), length, samples, generator)
+    if overlap: starts = torch.randint(len(ids) - length + 1, (samples,), generator=generator)
+    else: starts = _random_starts(len(ids), length, samples, generator)
     return torch.stack([ids[s:s + length] for s in starts.tolist()])
 
 # %% ../nbs/01_calibration.ipynb #0be6055f
-def _from_documents(texts, tokenizer, length, samples, stride, generator, source):
+def _from_documents(texts, tokenizer, length, samples, stride, generator, source, overlap=False):
     "Windows of `length` tokens, each inside one text: one at random from each of `samples` texts, or all there are."
     out, found = [], 0
     for i in torch.randperm(len(texts), generator=generator).tolist() if samples else range(len(texts)):
@@ -229,6 +230,7 @@ def make_windows(
     source:str="",     # where the text is from, for tables and errors
     stride:int=None,   # with samples=None: tokens from one window's text to the next; None: no overlap
     within:bool=False, # keep each window inside one document
+    overlap:bool=False, # with samples: windows of one stream may overlap, so that a short text gives many
 ) -> Windows:          # (samples or as many as there are, seq_len)
     "Cut text into windows; ValueError for too few tokens, a tokenizer without BOS, or a number that makes no sense."
     check_seq_len(seq_len, tokenizer)
@@ -239,7 +241,7 @@ def make_windows(
     if bos: bos_id = bos_token(tokenizer)
     if not any(text.strip() for text in texts): raise _too_short(0, length * (samples or 1), length, samples, source)
     cut, step, generator = _from_documents if within else _from_stream, stride or length, torch.Generator().manual_seed(seed)
-    ids = cut(texts, tokenizer, length, samples, step, generator, source)
+    ids = cut(texts, tokenizer, length, samples, step, generator, source, overlap and bool(samples))
     if bos: ids = torch.cat([torch.full((len(ids), 1), bos_id), ids], 1)
     if samples: return Windows(ids, source=source, bos=bool(bos))
     return Windows(ids, source=source, bos=bool(bos), stride=step, scored=None if within else _scored(ids, bool(bos), step))
@@ -254,6 +256,7 @@ def load_windows(
     seed:int=0,          # for the random places
     bos:bool=True,       # open each window with the BOS token
     stride:int=None,     # with samples=None: tokens from one window's text to the next; None: no overlap
+    overlap:bool=False,  # with samples: windows may overlap, see `make_windows`
 ) -> Windows:            # (samples or as many as there are, seq_len)
     "Windows of a named corpus or a file; the defaults are the paper's. Numbers are checked before any text is read."
     check_seq_len(seq_len, tokenizer)
@@ -264,7 +267,7 @@ def load_windows(
     named = corpus or source == "passages"
     name = f"{source}/{corpus.splits.get(split, split) if corpus else split}" if named else Path(source).name
     within = bool(corpus and corpus.within)
-    return make_windows(load_text(source, split), tokenizer, seq_len, samples, seed, bos, name, stride, within)
+    return make_windows(load_text(source, split), tokenizer, seq_len, samples, seed, bos, name, stride, within, overlap)
 
 # %% ../nbs/01_calibration.ipynb #541f1b61
 def _draw(logits, uniform, temperature, banned):

@@ -7,9 +7,13 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'CompareOpt', 'FoldOpt', 'CalibrationOpt', 'SamplesOpt', 'SeqLenOpt', 'EvalOpt', 'PromptOpt', 'BosOpt',
            'BatchOpt', 'DtypeOpt', 'DeviceOpt', 'SeedOpt', 'TrustOpt', 'TRAIN', 'DistillOpt', 'ModeOpt',
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
-           'DecayOpt', 'PatienceOpt', 'RecomputeOpt', 'ResumeOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt',
-           'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'run', 'diagnose', 'distill_saved', 'fold_saved',
-           'demo_settings', 'demo', 'tell', 'main']
+           'DecayOpt', 'PatienceOpt', 'OverlapOpt', 'RecomputeOpt', 'ResumeOpt', 'TASK', 'TasksOpt', 'TaskLimitOpt',
+           'TaskBatchOpt', 'TaskBosOpt', 'TaskCacheOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'RivalsOpt',
+           'SkipOpt', 'OwnOpt', 'OneCutOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'ModelsArg',
+           'GroupsOpt', 'AMONG', 'DenseOpt', 'PrunedOpt', 'LimitOpt', 'ShotsOpt', 'KeepOpt', 'BatchTextsOpt', 'ROW',
+           'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt', 'RowResumeOpt',
+           'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose', 'compare_rivals',
+           'distill_saved', 'evaluate_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -22,7 +26,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .pipeline import DEMO_PROMPTS, distill_job, fold_job, one_line, run_job
+from .pipeline import DEMO_PROMPTS, distill_job, evaluate_job, fold_job, one_line, run_job, task_cache
 
 # %% ../nbs/16_cli.ipynb #369965d4
 app = typer.Typer(
@@ -45,7 +49,7 @@ MetricOpt = _option(str, "--metric", "What chooses the layers. cosine, angular: 
     "misses least. taylor: what the gradient says matters least. patch-aware: what costs least after patching. "
     "random; cosine-channel (for comparison with published code).", HOW)
 PatchOpt = _option(str, "--patch", "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the "
-    "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. none.", HOW)
+    "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. mlp: least squares in the last MLP before the seam. foldable: a scaled rotation and that MLP, which folds away without error. joint: least squares in both, the strongest. none.", HOW)
 CompareOpt = _option(bool, "--compare", "Measure every patch family; the one of --patch is saved.", HOW)
 FoldOpt = _option(bool, "--fold", "Save a plain checkpoint, the patch multiplied into the weights around it: it loads anywhere. "
     "Exact for scalar, procrustes and foldable, nearly for hadamard.", HOW)
@@ -80,8 +84,18 @@ LearnOpt = _option(str, "--learn", "What of the patch learns: full, diagonal (in
 AccumulateOpt = _option(int, "--accumulate", "Forward passes for one step.", TRAIN)
 DecayOpt = _option(float, "--weight-decay", "Pull toward the patch as it was fitted.", TRAIN)
 PatienceOpt = _option(Optional[int], "--patience", "Stop after so many measurements without a gain (there are ten, evenly spread). Without it: never.", TRAIN)
+OverlapOpt = _option(bool, "--overlap", "Windows to distil on may overlap, for a text too short for so many: WikiText-2 has fewer tokens than 5,000 windows of 2,048.", TRAIN)
 RecomputeOpt = _option(bool, "--gradient-checkpointing", "Spare memory: compute activations again for the gradient.", TRAIN)
 ResumeOpt = _option(bool, "--resume", "Go on with the distillation that the same command began, from OUT.distill.", TRAIN)
+
+# %% ../nbs/16_cli.ipynb #78b72eaa
+TASK = "Tasks"
+TasksOpt = _option(Optional[list[str]], "--tasks", "Measure accuracy, too, on tasks of lm-eval by name, or a group: offline (bundled), paper (the paper's nine), "
+    "mmlu (5-shot). Repeat it, or separate by commas.", TASK)
+TaskLimitOpt = _option(Optional[int], "--task-limit", "Only the first items of each task.", TASK)
+TaskBatchOpt = _option(int, "--task-batch-size", "Texts at once.", TASK)
+TaskBosOpt = _option(Optional[bool], "--task-bos/--no-task-bos", "Begin each text with BOS? Without it: as the tokenizer does. The paper's lm-eval did not.", TASK)
+TaskCacheOpt = _option(Optional[Path], "--task-cache", "Folder that keeps the results, so that the intact model is measured once.", TASK)
 
 # %% ../nbs/16_cli.ipynb #9a56cc83
 @app.command(epilog="Example: linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9")
@@ -89,10 +103,11 @@ def run(
     model:ModelArg, out:OutOpt, remove:RemoveOpt=None, cut:CutOpt=None,
     metric:MetricOpt="cosine", patch:PatchOpt="hadamard", compare:CompareOpt=False, fold:FoldOpt=False,
     calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"],
-    prompt:PromptOpt=None, bos:BosOpt=True,
+    prompt:PromptOpt=None, bos:BosOpt=True, tasks:TasksOpt=None, task_limit:TaskLimitOpt=None, task_batch_size:TaskBatchOpt=16,
+    task_bos:TaskBosOpt=None, task_cache:TaskCacheOpt=None,
     distill:DistillOpt=None, distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100,
     lr:LrOpt=1e-4, epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0.,
-    patience:PatienceOpt=None, gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    patience:PatienceOpt=None, gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, overlap:OverlapOpt=False, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
     """Remove layers from any causal language model, patch the seam, measure, and save the student.
@@ -103,10 +118,11 @@ def run(
     report = run_job(
         model, out=out, remove=remove, cuts=tuple(cut or ()), metric=metric, patch=patch, families=FAMILIES if compare else (), fold=fold,
         calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), prompts=tuple(prompt or DEMO_PROMPTS),
+        tasks=tuple(tasks or ()), task_limit=task_limit, task_batch_size=task_batch_size, task_bos=task_bos, task_cache=task_cache,
         bos=bos, batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, distill=distill,
         distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn,
         accumulate=accumulate, weight_decay=weight_decay, patience=patience, gradient_checkpointing=gradient_checkpointing,
-        resume=resume, trust_remote_code=trust_remote_code, progress=True)
+        resume=resume, overlap=overlap, trust_remote_code=trust_remote_code, progress=True)
     tell(report, out)
 
 # %% ../nbs/16_cli.ipynb #749f550d
@@ -134,13 +150,47 @@ TeacherOpt = _option(Optional[str], "--teacher", "The intact model, a folder or 
 CacheOpt = _option(Optional[Path], "--cache", "offline: where the intact model's predictions are, or will be and stay. A finished "
     "cache spares loading the intact model. Without it: a temporary one.", TRAIN)
 
+# %% ../nbs/16_cli.ipynb #f97a3b02
+RivalsOpt = _option(Optional[str], "--only", "Names of methods, with commas: nothing, shortgpt, sleb, taylor, prune-comp, diagonal, linearpatch, linearpatch-code, "
+    "sleb-patched, taylor-patched, ghosted, replaceme, replaceme-cosine, streamline, foldable, ours. Without it: all.", HOW)
+SkipOpt = _option(Optional[str], "--skip", "Names of methods to leave out, with commas.", HOW)
+OwnOpt = _option(bool, "--own/--no-own", "Measure each method at its own choice of layers, too?", HOW)
+OneCutOpt = _option(Optional[str], "--cut", "The common cut, layers A to B-1, written A:B, instead of the one that cosine chooses.", WHAT)
+TasksOpt = _option(Optional[str], "--tasks", "Tasks of lm-eval, with commas, for the retained performance; 'offline' comes with the package.", TEXT)
+AutoOpt = _option(str, "--distill", "Train each patch, too: online, offline, no; auto: a short training on the calibration windows for a model "
+    "of 50 million parameters at most.", TRAIN)
+LayerLrOpt = _option(Optional[float], "--layer-lr", "Learning rate of the one trained layer (streamline). Without it: 0.8 / C, at most 0.003.", TRAIN)
+LayerEpochsOpt = _option(int, "--layer-epochs", "Passes of its training over the calibration windows.", TRAIN)
+TableOpt = _option(Path, "--out", "Folder to write: compare.md, compare.json and figures/compare.png. It must not exist yet, or be empty.", WHAT)
+
+# %% ../nbs/16_cli.ipynb #1e373041
+@app.command("compare", epilog="Example: linearpatch compare playground --remove 6 --calibration passages --eval passages --seq-len 128 --out rivals")
+def compare_rivals(
+    model:ModelArg, out:TableOpt, remove:RemoveOpt=None, cut:OneCutOpt=None, only:RivalsOpt=None, skip:SkipOpt=None, own:OwnOpt=True,
+    calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"], tasks:TasksOpt=None,
+    bos:BosOpt=True, distill:AutoOpt="auto", distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, lr:LrOpt=1e-4,
+    epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, layer_lr:LayerLrOpt=None, layer_epochs:LayerEpochsOpt=6,
+    batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Every rival side by side: what removes layers, what mends the seam, and what each costs.
+
+    The same model, windows and cut for all; perplexity and divergence from the intact model; a table and one figure."""
+    from linearpatch.compare import compare_job
+    names = lambda text: tuple(filter(None, map(str.strip, (text or "").split(","))))
+    result = compare_job(
+        model, out=out, remove=remove, cuts=(cut,) if cut else (), only=names(only), skip=names(skip), own=own, tasks=names(tasks), distill=distill,
+        layer=dict(lr=layer_lr, epochs=layer_epochs), calibration=calibration, samples=samples, seq_len=seq_len, eval=tuple(eval), bos=bos,
+        distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k, lr=lr, epochs=epochs, learn=learn, accumulate=accumulate,
+        batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
+    print(f"{result.text(costs=True)}\n\ntable   {out}/compare.md\nrecord  {out}/compare.json\nfigure  {out}/figures/compare.png")
+
 # %% ../nbs/16_cli.ipynb #61422625
 @app.command("distill", epilog="Example: linearpatch distill model-9 --distill online --dtype bfloat16 --device-map auto --out model-9-distilled")
 def distill_saved(
     folder:FolderArg, out:NewOpt, teacher:TeacherOpt=None, mode:ModeOpt="offline", distill_samples:DistillSamplesOpt=5000,
     distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, cache:CacheOpt=None, lr:LrOpt=1e-4, epochs:EpochsOpt=1,
     learn:LearnOpt="full", accumulate:AccumulateOpt=1, weight_decay:DecayOpt=0., patience:PatienceOpt=None,
-    gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
+    gradient_checkpointing:RecomputeOpt=False, resume:ResumeOpt=False, overlap:OverlapOpt=False, calibration:CalibrationOpt="wikitext2", seq_len:SeqLenOpt=2048,
     eval:EvalOpt=["wikitext2"], bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
     seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
@@ -150,23 +200,82 @@ def distill_saved(
     result = distill_job(
         folder, out, teacher, cache, distill=mode, distill_samples=distill_samples, distill_batch_size=distill_batch_size, top_k=top_k,
         lr=lr, epochs=epochs, learn=learn, accumulate=accumulate, weight_decay=weight_decay, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, resume=resume, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
+        gradient_checkpointing=gradient_checkpointing, resume=resume, overlap=overlap, calibration=calibration, seq_len=seq_len, eval=tuple(eval), bos=bos,
         batch_size=batch_size, dtype=dtype, device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     for c, p in result["perplexity"].items(): print(f"perplexity on {c}: {p['patched']:.2f} -> {p['distilled']:.2f}")
     print(f"KL on {result['heldout']} windows set aside: {result['history'][0]['heldout']:.4f} -> "
           f"{min(r['heldout'] for r in result['history']):.4f}, best at step {result['best']} of {result['total']}")
     print(f"\nstudent  {out}/model\nrecord   {out}/distillation.json\ncurve    {out}/figures/distillation.png")
 
+# %% ../nbs/16_cli.ipynb #96916a46
+ModelsArg = Annotated[list[str], typer.Argument(metavar="MODEL...", show_default=False, help="Folders of models, of students or of runs, Hub names, or 'playground'. "
+    "The first is the baseline.")]
+GroupsOpt = _option(list[str], "--tasks", "Tasks of lm-eval by name, or a group: offline (bundled), paper (the paper's nine), mmlu (5-shot). Repeat it, or separate by commas.", TASK)
+AMONG = "Which models"
+DenseOpt = _option(Optional[str], "--dense", "The intact model, if it is not the first.", AMONG)
+PrunedOpt = _option(Optional[str], "--pruned", "The student without a patch: tasks on which another one is worse are marked.", AMONG)
+LimitOpt = _option(Optional[int], "--limit", "Only the first items of each task.", TASK)
+ShotsOpt = _option(Optional[int], "--num-fewshot", "Solved examples before each question. Without it: 5 for mmlu, else as the task says.", TASK)
+KeepOpt = _option(Optional[Path], "--cache", "Folder that keeps the results, task by task. Without it: one in the user's cache.", TASK)
+TableOpt = _option(Optional[Path], "--out", "Folder to write: tasks.json and tasks.md. Without it: the table is only printed.", AMONG)
+BatchTextsOpt = _option(int, "--batch-size", "Texts at once.", MACHINE)
+
+# %% ../nbs/16_cli.ipynb #f214ee88
+@app.command("evaluate", epilog="Example: linearpatch evaluate org/model-7b model-9 --tasks paper --dtype bfloat16 --device-map auto --batch-size 8")
+def evaluate_saved(
+    models:ModelsArg, tasks:GroupsOpt=["offline"], dense:DenseOpt=None, pruned:PrunedOpt=None, out:TableOpt=None, limit:LimitOpt=None,
+    num_fewshot:ShotsOpt=None, bos:TaskBosOpt=None, cache:KeepOpt=None, batch_size:BatchTextsOpt=16, dtype:DtypeOpt="auto", device_map:DeviceOpt=None,
+    trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Accuracy of saved models on tasks, and how much of the baseline's each retains.
+
+    Results are kept, task by task: an interrupted evaluation goes on where it stopped."""
+    table = evaluate_job(models, tasks, dense, pruned, out, progress=True, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, bos=bos,
+                         cache=cache or task_cache(), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    print(f"{table}\n\nresults are kept in {cache or task_cache()}" + (f"\ntable  {out}/tasks.md\nrecord {out}/tasks.json" if out else ""))
+
+# %% ../nbs/16_cli.ipynb #042490f4
+ROW = "Which row"
+RowArg = Annotated[Optional[str], typer.Argument(metavar="NAME", show_default=False, help="A recipe, such as llama3-8b-5-of-32; --list shows all.")]
+ListOpt = _option(bool, "--list", "Show every recipe: what it does, what was published, what it needs, and whether it has been reproduced.", ROW)
+RowOutOpt = _option(Optional[Path], "--out", "Folder to write: what `run` writes, and reproduction.json. It must not exist yet, or be empty.", ROW)
+DryOpt = _option(bool, "--dry-run", "Try the recipe on a tiny random model of the same class and depth: nothing is fetched, and the numbers mean nothing.", ROW)
+RowTasksOpt = _option(bool, "--tasks/--no-tasks", "Run the tasks that the row has figures for?", ROW)
+RowSamplesOpt = _option(Optional[int], "--samples", "Calibration windows, instead of the recipe's.", TEXT)
+RowForceOpt = _option(bool, "--force", "Go on although disk or memory seem too small.", MACHINE)
+RowResumeOpt = _option(bool, "--resume", "Go on with an interrupted run of the same recipe in the same --out.", ROW)
+
+# %% ../nbs/16_cli.ipynb #e82f3e01
+@app.command("reproduce", epilog="Example: linearpatch reproduce llama3-8b-5-of-32 --device-map auto --out row")
+def reproduce_row(
+    name:RowArg=None, out:RowOutOpt=None, list_:ListOpt=False, dry_run:DryOpt=False, tasks:RowTasksOpt=True, resume:RowResumeOpt=False,
+    samples:RowSamplesOpt=None, batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None, seed:SeedOpt=0,
+    force:RowForceOpt=False, trust_remote_code:TrustOpt=False, # each is told by the help
+):
+    """Run a row that the paper published, and put what was measured beside what was printed.
+
+    Before it starts it says what it needs (download, disk, memory, time), and refuses where something is missing."""
+    from linearpatch.reproduce import RECORD, find_recipe, list_recipes, report_entry, run_recipe
+    if list_: return print(list_recipes())
+    if name is None: raise ValueError("which row? linearpatch reproduce --list shows them all")
+    find_recipe(name)
+    if out is None and not dry_run: raise ValueError("where to? Give --out DIR (only --dry-run goes without)")
+    result = run_recipe(name, out, dry_run, tasks, samples, force, resume, dtype, device_map, batch_size, seed, trust_remote_code, progress=True)
+    print(result)
+    if out is not None: print(f"\nrecord  {out}/{RECORD}")
+    if not dry_run: print(f"\nTo report it, add this to linearpatch/recipes/reproduced.toml:\n\n{report_entry(result)}")
+
 # %% ../nbs/16_cli.ipynb #34bca810
 PlainOpt = _option(Path, "--out", "Folder to write: a plain model, as save_pretrained writes it. It must not exist yet, or be empty.", WHAT)
 FoldSamplesOpt = _option(int, "--samples", "Calibration windows, where the fold is not exact.", TEXT)
 ToleranceOpt = _option(float, "--tolerance", "Refuse a fold that moves the predictions by more than this: KL divergence, nats a token.", HOW)
 ForceOpt = _option(bool, "--force", "Fold all the same.", HOW)
+RefineOpt = _option(int, "--refine", "Steps of fitting, for a smaller error where the fold is not exact. Small models: 150.", HOW)
 
 # %% ../nbs/16_cli.ipynb #d3445c9b
 @app.command("fold", epilog="Example: linearpatch fold model-9 --calibration notes.txt --out plain-9")
 def fold_saved(
-    folder:FolderArg, out:PlainOpt, tolerance:ToleranceOpt=0.01, force:ForceOpt=False, calibration:CalibrationOpt="wikitext2",
+    folder:FolderArg, out:PlainOpt, tolerance:ToleranceOpt=0.01, force:ForceOpt=False, refine:RefineOpt=0, calibration:CalibrationOpt="wikitext2",
     samples:FoldSamplesOpt=32, seq_len:SeqLenOpt=2048, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto",
     device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
@@ -174,7 +283,7 @@ def fold_saved(
 
     Exact for the patches scalar, procrustes and foldable. For others the error is measured on the calibration
     text, and a fold that changes the student too much is refused."""
-    result = fold_job(folder, out, calibration, samples, seq_len, tolerance, force, bos=bos, batch_size=batch_size, dtype=dtype,
+    result = fold_job(folder, out, calibration, samples, seq_len, tolerance, force, refine, bos=bos, batch_size=batch_size, dtype=dtype,
                       device_map=device_map, seed=seed, trust_remote_code=trust_remote_code, progress=True)
     print(f"{result}\n\nmodel  {out}\n\nNext: AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
@@ -182,6 +291,7 @@ def fold_saved(
 def demo_settings(
     remove=None, # layers to remove; default `PLAYGROUND_REMOVE`
     seed=0,      # the one seed
+    tasks=(),    # to measure accuracy on
 ) -> dict:       # keywords for `run_job`
     "What `linearpatch demo` runs."
     from linearpatch.fusion import FAMILIES
@@ -189,12 +299,13 @@ def demo_settings(
     return dict(model="playground", remove=PLAYGROUND_REMOVE if remove is None else remove, families=FAMILIES,
                 calibration="passages", samples=128, seq_len=PLAYGROUND_SEQ_LEN, batch_size=16, eval=("passages",), prompts=DEMO_PROMPTS, seed=seed,
                 distill="online", distill_samples=176, distill_batch_size=4, lr=1e-2, epochs=2,
-                checkpoint=False) # it takes seconds
+                checkpoint=False, # it takes seconds
+                tasks=tuple(tasks), task_batch_size=64)
 
 # %% ../nbs/16_cli.ipynb #f1663194
 @app.command(epilog="Example: linearpatch demo --out demo")
 def demo(
-    out:OutOpt=Path("demo"), remove:RemoveOpt=None, seed:SeedOpt=0, # each is told by the help
+    out:OutOpt=Path("demo"), remove:RemoveOpt=None, seed:SeedOpt=0, tasks:TasksOpt=None, # each is told by the help
 ):
     """The whole story on the bundled model, in less than two minutes on two CPU cores, without a network.
 
@@ -202,8 +313,8 @@ def demo(
     the intact, the pruned and the revived model continue one sentence. Then open report.html."""
     import torch
     torch.set_num_threads(1) # the playground's matrices are too small to share: threads would only wait for each other
-    extra = "".join(f" --{k} {v}" for k, v in (("remove", remove), ("seed", seed)) if v)
-    settings = demo_settings(remove, seed)
+    extra = "".join(f" --{k} {v}" for k, v in (("remove", remove), ("seed", seed), ("tasks", ",".join(tasks or ()))) if v)
+    settings = demo_settings(remove, seed, tasks or ())
     report = run_job(**settings, out=out, progress=True, command=shlex.join(["linearpatch", "demo", "--out", str(out)]) + extra)
     tell(report, out, demo=True)
 
@@ -222,10 +333,12 @@ def _tell_diagnosis(report):
 def _tell_results(report, out):
     "The table, what its signs mean, and the continuations."
     import textwrap
+    from linearpatch.evaluation import TaskTable
     from linearpatch.report import table
     chosen = "as given" if report["metric"] == "given" else f"chosen by {report['metric']}"
     removed = ", ".join(f"[{a}, {b})" for a, b in report["cuts"])
     print(f"{table(report)}\n* saved in {out}/model; removed: {removed}, {chosen}\n")
+    if "tasks" in report: print(f"{TaskTable(report['tasks'])}\n")
     for c in report["continuations"]:
         print(f"{c['prompt']} ...")
         for key in [k for k in ("dense", "pruned", "patched", "distilled") if k in c]:

@@ -291,7 +291,9 @@ class Online:
         record = getattr(student.config, "linearpatch", None) or {}
         if _made_from(student.config) not in (None, fingerprint(teacher)):
             raise ValueError(f"the student was made from another model ({record['teacher']['name']}): give that one as teacher")
-        self.start, self.teacher, self.windows, self.seq_len = min(c[0] for c in record["cuts"]), teacher, windows, windows.seq_len
+        self.teacher, self.windows, self.seq_len, first = teacher, windows, windows.seq_len, min(record["cuts"])
+        folded = any(f["cut"] == first for f in record.get("folded", [])) # the MLP before the cut is another than the teacher's
+        self.start = first[0] - folded
         self.suffix = Suffix(student, self.start)
         self.runs = decoder_layers(self.suffix.model)
         self.identity = dict(mode="online", text=_digest(windows.ids, windows.mask))

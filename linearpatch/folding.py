@@ -295,19 +295,19 @@ def _set_constants(folded, plan, constants):
                 w = getattr(folded.get_submodule(p.path), p.key)
                 _put(folded, {(p.path, p.key): (w.detach().double() * k).to(w.dtype)})
 
-# %% ../nbs/08_folding.ipynb #bbcd8888
+# %% ../nbs/08_folding.ipynb #00a37bc2
 class _Plan:
     "What a fold of this student has to know; ValueError for a patch or a model that cannot be folded."
     def __init__(self, student):
         modules, layers = patch_modules(student), decoder_layers(student)
         rounding = 2 * max(torch.finfo(m.weight.dtype).eps for m in modules)
-        self.model, self.name = student, type(student).__name__
+        self.model, self.name, self.fitted = student, type(student).__name__, {}
         self.P = [_clean(m.weight.detach().cpu().double().T, rounding) for m in modules]
         self.at = [i + (side == "output") for i, layer in enumerate(layers) for side, name in NAMES.items() if hasattr(layer, name)]
         self.parts, self.unseen = anatomy(student)
         self.norms = {p.path: _read_norm(student.get_submodule(p.path), hidden_size(student)) for p in self.parts if p.role in ("norm", "post")}
     def basis(self, home):
-        B = bases(self.P, home)
+        B = self.fitted.get(home) or bases(self.P, home)
         return lambda place: B[sum(a <= place for a in self.at)]
     def touched(self, basis): # norms that will see another size
         return {p.path: basis(p.place) for p in self.parts if p.role == "norm" and not _is_identity(basis(p.place))}
@@ -413,42 +413,6 @@ def _attempt(student, plan, home, batches, probe):
     _check(student, folded, plan, basis, constants, probe[0])
     return folded, Folding(exact, home, *_compare(student, folded, probe), untied, constants, spread)
 
-# %% ../nbs/08_folding.ipynb #97c06366
-def _check_student(student, tolerance, inplace, share):
-    "ValueError for anything that can be known before any computation."
-    name = type(student).__name__
-    if not patch_modules(student):
-        raise ValueError(f"nothing to fold: this {name} has no patch, it is plain already (prune(model, cuts, patches) makes a student that has)")
-    if inplace and share: raise ValueError("inplace=True changes the student itself, share=True makes a second one: choose one of the two")
-    if not tolerance >= 0: raise ValueError(f"tolerance is {tolerance}: give a KL divergence in nats a token, 0 or more")
-    for path, p in student.named_parameters():
-        if p.device.type == "meta": raise ValueError(f"{path} is not in memory (offloaded): load the student without a device_map that offloads")
-        if not p.is_floating_point() or p.element_size() < 2:
-            raise ValueError(f"{path} is quantised ({p.dtype}): fold the student before it is quantised")
-
-# %% ../nbs/08_folding.ipynb #3a00a4df
-def _batches(student, windows, batch_size):
-    "Pairs (ids, mask); random tokens where there is no text."
-    if windows is None:
-        g = torch.Generator().manual_seed(0)
-        vocab, longest = text_config(student).vocab_size, getattr(text_config(student), "max_position_embeddings", None) or 32
-        windows = torch.randint(min(vocab, 1000), (4, min(32, longest)), generator=g)
-    if isinstance(windows, Tensor): windows = Windows(windows, torch.ones_like(windows, dtype=torch.bool))
-    if len(windows) < 1: raise ValueError("there are no windows to fold with: give at least one, or None where the fold is exact")
-    return list(windows.batches(batch_size))
-
-def _options(plan, home, windows):
-    "The homes to try: only exact ones, if there are any; ValueError with the reason where there is none."
-    homes = [i / 2 for i in range(2 * len(plan.P) + 1)]
-    if home is not None and home not in homes: raise ValueError(f"home is {home}: choose one of {', '.join(f'{h:g}' for h in homes)}")
-    reasons = {h: _obstacle(plan, h) for h in (homes if home is None else [home])}
-    possible = [h for h, reason in reasons.items() if reason is None]
-    if not possible: raise ValueError(f"{plan.name} cannot be folded with this patch: {next(iter(reasons.values()))}, or keep the student unfolded")
-    exact = [h for h in possible if plan.exact(h)]
-    if exact: return sorted(exact, key=lambda h: (len({id(B) for B in plan.touched(plan.basis(h)).values()}), h))
-    if windows is None: raise ValueError("this patch is no scalar and no scaled rotation, so its fold is not exact: give calibration windows, fold(student, windows)")
-    return possible
-
 # %% ../nbs/08_folding.ipynb #e41c90d7
 def _best(student, plan, options, batches, probe):
     "The nearest attempt, of which an exact one ends the search; the first ValueError where none succeeds."
@@ -460,7 +424,77 @@ def _best(student, plan, options, batches, probe):
     if not done: raise errors[0]
     return min(done, key=lambda a: a[1].kl)
 
-# %% ../nbs/08_folding.ipynb #946f1205
+# %% ../nbs/08_folding.ipynb #67aabaa8
+@torch.no_grad()
+def _streams(student, plan, batches, tokens):
+    "{norm: its input in the patched student, (tokens, C) float64, each divided by its size}."
+    kept, handles = {path: [] for path, n in plan.norms.items()}, []
+    def keep(path): return lambda module, args: kept[path].append(args[0].detach().flatten(0, -2).cpu().double())
+    for path in kept: handles.append(student.get_submodule(path).register_forward_pre_hook(keep(path)))
+    try:
+        for i, batch in enumerate(batches):
+            if i * batches[0][0].numel() < tokens: run_model(student, *batch)
+    finally:
+        for h in handles: h.remove()
+    kept = {path: torch.cat(x)[:tokens] for path, x in kept.items()}
+    return {path: x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) for path, x in kept.items()}
+
+# %% ../nbs/08_folding.ipynb #ec4b058f
+@torch.enable_grad()
+def _fit_bases(student, plan, home, batches, steps, tokens=4096, lr=0.01):
+    "Bases in which the sizes at all norms vary least, by Adam from those of `home`."
+    start, j = bases(plan.P, home), int(home)
+    along = [B @ _inverse(start[j]) for B in start] # B_i = along_i B_j
+    places = {p.path: sum(a <= p.place for a in plan.at) for p in plan.parts if p.role == "norm"}
+    streams, S = _streams(student, plan, batches, tokens), torch.zeros_like(start[0], requires_grad=True)
+    def now():
+        B = torch.linalg.matrix_exp((S + S.T) / 2) @ start[j]
+        return [A @ B for A in along]
+    optimizer = torch.optim.Adam([S], lr=lr)
+    for _ in range(steps):
+        B = now()
+        loss = sum((streams[path] @ B[i]).norm(dim=1).log().var() for path, i in places.items())
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    return [B.detach() for B in now()]
+
+# %% ../nbs/08_folding.ipynb #9a253ccc
+def _check_student(student, tolerance, inplace, share, refine):
+    "ValueError for anything that can be known before any computation."
+    name = type(student).__name__
+    if not patch_modules(student):
+        raise ValueError(f"nothing to fold: this {name} has no patch, it is plain already (prune(model, cuts, patches) makes a student that has)")
+    if inplace and share: raise ValueError("inplace=True changes the student itself, share=True makes a second one: choose one of the two")
+    if not tolerance >= 0: raise ValueError(f"tolerance is {tolerance}: give a KL divergence in nats a token, 0 or more")
+    if refine < 0: raise ValueError(f"refine is {refine}: give a number of steps, 0 for none")
+    for path, p in student.named_parameters():
+        if p.device.type == "meta": raise ValueError(f"{path} is not in memory (offloaded): load the student without a device_map that offloads")
+        if not p.is_floating_point() or p.element_size() < 2:
+            raise ValueError(f"{path} is quantised ({p.dtype}): fold the student before it is quantised")
+
+# %% ../nbs/08_folding.ipynb #a978e4a8
+def _batches(student, windows, batch_size):
+    "Pairs (ids, mask); random tokens where there is no text."
+    if windows is None:
+        g = torch.Generator().manual_seed(0)
+        vocab, longest = text_config(student).vocab_size, getattr(text_config(student), "max_position_embeddings", None) or 32
+        windows = torch.randint(min(vocab, 1000), (4, min(32, longest)), generator=g)
+    if isinstance(windows, Tensor): windows = Windows(windows, torch.ones_like(windows, dtype=torch.bool))
+    if len(windows) < 1: raise ValueError("there are no windows to fold with: give at least one, or None where the fold is exact")
+    return list(windows.batches(batch_size))
+
+def _options(plan, home, windows):
+    "The homes to try: the first exact one alone, if there is one; ValueError with the reason where there is none."
+    homes = [i / 2 for i in range(2 * len(plan.P) + 1)]
+    if home is not None and home not in homes: raise ValueError(f"home is {home}: choose one of {', '.join(f'{h:g}' for h in homes)}")
+    reasons = {h: _obstacle(plan, h) for h in (homes if home is None else [home])}
+    possible = [h for h, reason in reasons.items() if reason is None]
+    if not possible: raise ValueError(f"{plan.name} cannot be folded with this patch: {next(iter(reasons.values()))}, or keep the student unfolded")
+    exact = [h for h in possible if plan.exact(h)]
+    if exact: return [min(exact, key=lambda h: (len({id(B) for B in plan.touched(plan.basis(h)).values()}), h))]
+    if windows is None: raise ValueError("this patch is no scalar and no scaled rotation, so its fold is not exact: give calibration windows, fold(student, windows)")
+    return possible
+
+# %% ../nbs/08_folding.ipynb #7a68e69a
 def _own(folded, student, inplace, share):
     "The folded model with tensors of its own, or moved into the student itself, or as it is."
     if inplace:
@@ -480,7 +514,7 @@ def _own(folded, student, inplace, share):
                 store[key] = copies.setdefault(id(t), new)
     return folded
 
-# %% ../nbs/08_folding.ipynb #80d1a00e
+# %% ../nbs/08_folding.ipynb #61b9a20e
 @torch.no_grad()
 def fold(
     student:PreTrainedModel, # what `prune` or `load_student` returned
@@ -490,21 +524,27 @@ def fold(
     inplace:bool=False,      # turn the student itself into the folded model
     share:bool=False,        # let the folded model use the student's tensors where they do not change
     home:float=None,         # the segment that keeps its weights, .5 for between; None: the best
+    refine:int=0,            # steps of fitting the bases, where the fold is not exact; 150 is enough for a small model
     batch_size:int=8,        # windows at once
 ) -> PreTrainedModel:        # of the student's class, without a patch; `.folding` is its `Folding`
     """Fold the patches into the weights around them: exactly for a scalar and a scaled rotation, nearly for others.
 
     ValueError, before anything changes, for a patch or an architecture that cannot take it, or an error above `tolerance`."""
-    _check_student(student, tolerance, inplace, share)
+    _check_student(student, tolerance, inplace, share, refine)
     was = student.training
     student.eval()
     try:
         plan = _Plan(student)
         options = _options(plan, home, windows)
+        if refine and any(plan.norms[p.path].centered or p.role == "post" for p in plan.parts if p.path in plan.norms):
+            raise ValueError(f"{plan.name} has LayerNorms or norms behind its writers, which a fitted basis would disturb: use refine=0")
         if callable(windows): windows = None if plan.exact(options[0]) else windows()
         batches = _batches(student, windows, batch_size)
         probe = batches[:max(1, PROBE_TOKENS // batches[0][0].numel())]
-        folded, report = _best(student, plan, options, batches, probe)
+        folded, report = min((_attempt(student, plan, h, batches, probe) for h in options), key=lambda a: a[1].kl)
+        if refine and not report.exact:
+            plan.fitted[report.home] = _fit_bases(student, plan, report.home, batches, refine)
+            folded, report = min((folded, report), _attempt(student, plan, report.home, batches, probe), key=lambda a: a[1].kl)
     finally: student.train(was)
     if not (report.kl <= tolerance or force):
         raise ValueError(f"the fold would change the student: KL {report.kl:.2g} nats a token, above the tolerance of {tolerance:g} ({report}); "

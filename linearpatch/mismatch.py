@@ -82,16 +82,21 @@ class Moments:
     mm:Tensor=None  # (C, C), sum of w m^T m; None where there is no MLP before the cut, or it does not enter linearly
     xm:Tensor=None  # (C, C), sum of w x^T m
     my:Tensor=None  # (C, C), sum of w m^T y
+    yy:float=0.     # sum of w |y|^2
+    half:object=None # the same sums over every second window only, for cross-validation; None: not kept
 
     @classmethod
-    def zeros(cls, C, mlp=False):
+    def zeros(cls, C, mlp=False, half=False):
         new = lambda: torch.zeros(C, C, dtype=torch.float64)
-        return cls(new(), new(), 0., new(), 0., *([new(), new(), new()] if mlp else []))
+        parts = [new() if mlp else None for _ in range(3)]
+        return cls(new(), new(), 0., new(), 0., *parts, 0., cls.zeros(C, mlp) if half else None)
     @property
     def has_mlp(self): return self.mm is not None
-    def __add__(self, other):
+    def _combine(self, other, sign):
         pairs = ((getattr(self, f), getattr(other, f)) for f in self.__dataclass_fields__)
-        return Moments(*(None if a is None else a + b for a, b in pairs))
+        return Moments(*(None if a is None or b is None else a + b if sign > 0 else a - b for a, b in pairs))
+    def __add__(self, other): return self._combine(other, 1)
+    def __sub__(self, other): return self._combine(other, -1)
     def __repr__(self): return f"Moments of {len(self.xx)} channels{', with the MLP' * self.has_mlp}"
 
 # %% ../nbs/02_mismatch.ipynb #5aa960b5
@@ -151,6 +156,7 @@ def add_moments(
     wx = x * w[:, None]
     moments.xx += (wx.T @ x).to(moments.xx); moments.xy += (wx.T @ y).to(moments.xy); moments.weight += w.sum().item()
     moments.xy_plain += (x.T @ y).to(moments.xy_plain); moments.xx_trace += x.square().sum().item()
+    moments.yy += (w * y.square().sum(1)).sum().item()
     if moments.has_mlp:
         wm = m * w[:, None]
         moments.mm += (wm.T @ m).to(moments.mm); moments.xm += (wx.T @ m).to(moments.xm); moments.my += (wm.T @ y).to(moments.my)
@@ -173,7 +179,7 @@ class _Pass:
         self.abs_sum, self.abs_sum_rot = (torch.zeros(L + 1, C, dtype=torch.float64) for _ in range(2))
         self.layer_cosine, self.token_max = torch.zeros(L, dtype=torch.float64), torch.zeros(L + 1, 3, dtype=torch.float64)
         self.pairs, self.massive = {c: defaultdict(float) for c in cuts}, [[] for _ in range(L + 1)]
-        self.moments = {c: Moments.zeros(C, mlp=c.start - 1 in mlp) for c in moments}
+        self.moments = {c: Moments.zeros(C, mlp=c.start - 1 in mlp, half=True) for c in moments}
         self.mlp = {}
         self.n_windows = self.n_tokens = 0
 
@@ -186,7 +192,7 @@ class _Pass:
         self.held[l] = [self.window(l, i, w) for i, w in enumerate(self.tokens(x))]
         for state, m in zip(self.held[l], self.tokens(self.mlp.pop(l, []))): state["mlp"] = m
         for c in self.partners.get(l, []):
-            for before, after in zip(self.held[c.start], self.held[l]): self.compare(c, before, after)
+            for i, (before, after) in enumerate(zip(self.held[c.start], self.held[l])): self.compare(c, before, after, self.n_windows + i)
         for k in [k for k in self.held if self.last_use.get(k, l) <= l]: del self.held[k]
 
 # %% ../nbs/02_mismatch.ipynb #d6821f9b
@@ -223,7 +229,7 @@ def _top_tokens(self, l, i, big, x):
 _Pass.window, _Pass.top_tokens = _window, _top_tokens
 
 # %% ../nbs/02_mismatch.ipynb #030c239e
-def _compare(self, cut, before, after):
+def _compare(self, cut, before, after, window):
     "Add what one window says about the two sides of a cut."
     x, y, nx, ny = before["x"].to(after["x"]), after["x"], before["norm"].to(after["x"]), after["norm"]
     p, (cos, products) = self.pairs[cut], _cosines(x, y, nx, ny)
@@ -234,7 +240,8 @@ def _compare(self, cut, before, after):
         p["sigma" + rot] += sigma; p["hist" + rot] += hist
         live = before["sum" + rot] > 0
         p["ratio" + rot] += torch.where(live, after["sum" + rot] / before["sum" + rot].clamp_min(1e-300), 1.)
-    if cut in self.moments: add_moments(self.moments[cut], x, y, before["mlp"].to(x) if self.moments[cut].has_mlp else None)
+    for moments in [m for m in (self.moments.get(cut), getattr(self.moments.get(cut), "half", None)) if m and (m.half or window % 2)]:
+        add_moments(moments, x, y, before["mlp"].to(x) if moments.has_mlp else None)
 
 _Pass.compare = _compare
 

@@ -280,6 +280,15 @@ def test_patch_of_a_loaded_and_trained_student(tmp_path):
     assert torch.equal(logits(again), logits(student))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_patch_of_a_student_that_is_kept_elsewhere(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    student, away = student_of(where="many"), student_of(where="many")
+    accelerate.cpu_offload(away, execution_device="cpu")
+    assert patch_modules(away)[0].weight.device.type == "meta"
+    assert all(torch.equal(p.matrix, q.matrix) for p, q in zip(student_patches(away), student_patches(student)))
+
+
 def test_some_cuts_without_a_patch(tmp_path):
     teacher, cuts = teacher_of("llama"), CUTS["many"]
     teacher.save_pretrained(tmp_path / "base"), load_playground()[1].save_pretrained(tmp_path / "base")
@@ -420,7 +429,7 @@ def within(record, **values): record["linearpatch"]["model"].update(values)
 
 STUDENT_EDITS = {
     "newer": (lambda c: c["linearpatch"].update(version=2), "format version 2.*install a newer"), "version": (lambda c: c["linearpatch"].update(version=0), "no format version"),
-    "record-list": (lambda c: c.update(linearpatch=[1]), "no student"), "no-model": (lambda c: c["linearpatch"].pop("model") and None, "no student that can be loaded"),
+    "record-list": (lambda c: c.update(linearpatch=[1]), "no student"), "no-model": (lambda c: c["linearpatch"].pop("model") and None, "save the student again with save_student"),
     "model-list": (lambda c: c["linearpatch"].update(model=[1]), "no student that can be loaded"), "layer": (lambda c: c["linearpatch"]["patches"][0].update(layer=9), "no place"),
     "side": (lambda c: c["linearpatch"]["patches"][0].update(side="above"), "no place"), "dtype": (lambda c: c["linearpatch"]["patches"][0].update(dtype="load"), "no place"),
     "type": (lambda c: within(c, model_type="no-such"), "no model type"), "not-a-model": (lambda c: within(c, architecture="pipeline"), "no model 'pipeline'"),
@@ -527,7 +536,7 @@ def test_cards(tmp_path):
     teacher = teacher_of("llama")
     teacher.config._name_or_path, teacher.config._commit_hash = "meta-llama/Llama-2-7b-hf", "0123abc"
     student = prune(teacher, CUTS["many"], patches_for(CUTS["many"]))
-    numbers = dict(perplexity=dict(wikitext2=dict(dense=5.4712, pruned=18.6, patched=8.6, distilled=7.2)), retained=0.9488, command="linearpatch run X", license="llama2",
+    numbers = dict(perplexity=dict(wikitext2=dict(dense=5.4712, pruned=18.6, patched=8.6, distilled=7.2)), retained=0.9488, command="linearpatch run X --out /secret/place/out", license="llama2",
                    calibration=dict(source="/secret/place/text.txt", samples=128, seq_len=2048),
                    distillation=dict(mode="offline", source="wikitext2", windows=5000, seq_len=2048))
     save_student(student, tmp_path / "s", card=numbers)
@@ -538,7 +547,7 @@ def test_cards(tmp_path):
     for folder in ("s", "p"):
         text = (tmp_path / folder / "README.md").read_text()
         for part in ("| wikitext2 | 5.47 | 18.60 | 8.60 | 7.20 |", "94.9%", "0123abc", fingerprint(teacher), "layers 0, 2, 4 to 5 (counted from 0) of 6", "hadamard",
-                     "128 windows of 2048 tokens of text.txt", "offline, 5000 windows", "linearpatch run X", "Its licence and its terms of use", "linearpatch.load"):
+                     "128 windows of 2048 tokens of text.txt", "offline, 5000 windows", "linearpatch run X --out out", "Its licence and its terms of use", "linearpatch.load"):
             assert part in text, part
         assert "/secret" not in text
     assert json.loads((tmp_path / "p/linearpatch.json").read_text())["base"]["revision"] == "0123abc"

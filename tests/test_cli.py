@@ -1,5 +1,6 @@
 "The command line: what it writes, what it refuses, and that it leaves nothing half-done."
 import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
 import pytest, torch, transformers as tf
 from linearpatch.cli import main
 from linearpatch.pipeline import _SOURCES, Job, command_line, make_texts, run_job
@@ -74,6 +75,14 @@ def test_demo_student_is_what_was_measured(demo, playground):
     r = Report.load(demo[0])
     _, corpora = make_texts(Job("playground", calibration="passages", eval=("passages",), seq_len=T, samples=1), playground[1])
     assert perplexity(load_student(demo[0] / "model"), corpora["passages"]) == pytest.approx(r["perplexity"]["passages"]["distilled"], rel=1e-4)
+
+
+def test_demo_student_has_a_card(demo):
+    card, r = (demo[0] / "model" / "README.md").read_text(), Report.load(demo[0])
+    assert "| passages | " + " | ".join(f"{r['perplexity']['passages'][k]:.2f}" for k in ("dense", "pruned", "patched", "distilled")) + " |" in card
+    assert f"{r['calibration']['samples']} windows of {r['calibration']['seq_len']} tokens" in card and "| Distillation | " in card
+    a, b = r["cuts"][0]
+    assert f"layers {a} to {b - 1} (counted from 0) of {r['model']['layers']}" in card and r["command"] in card
 
 
 def test_readme_prints_the_demo(demo):
@@ -417,3 +426,11 @@ def test_nothing_else_in_the_work_folder_is_deleted(capsys, tmp_path):
     (tmp_path / "new.distill").mkdir(); (tmp_path / "new.distill" / "mine.txt").write_text("mine")
     assert cli(capsys, "run", "playground", "--remove", 2, *small, "--distill", "offline", *train, "--out", "new")[0] == 0
     assert [f.name for f in (tmp_path / "new.distill").iterdir()] == ["mine.txt"]
+
+
+def test_a_text_too_short_for_the_windows_to_distil_on(capsys):
+    words = ["run", "playground", "--remove", 2, *small, "--distill", "online", "--distill-samples", 700, "--distill-batch-size", 50, "--lr", 0.01, "--out", "new"]
+    code, out, err = cli(capsys, *words)
+    assert code == 2 and "too short" in err and "--overlap" in err and not Path("new").exists()
+    assert cli(capsys, *words, "--overlap")[0] == 0
+    assert "--overlap" in Report.load("new")["command"]

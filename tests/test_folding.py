@@ -446,3 +446,28 @@ def test_foldable_family_is_free(second_model):
     folded = fold(student)
     assert patch.mlp is not None and folded.folding.exact and (logits(folded, windows.ids[:8]) - logits(student, windows.ids[:8])).abs().max() < 1e-4
     assert [p["family"] for p in folded.config.linearpatch["folded"]] == ["foldable", "foldable"] # the MLP's part, then the rotation
+
+
+def test_refined_bases(trained):
+    "Fitted bases fold better than those chosen by symmetry, on text that had no part in the fit too."
+    windows, students = trained
+    fit, other = windows[:24], windows[24:]
+    for family, least in (("hadamard", 0.9), ("lstsq", 0.7)):
+        plain, fitted = (fold(students[family], fit, refine=steps, force=True, share=True) for steps in (0, 60))
+        assert fitted.folding.kl < least * plain.folding.kl
+        p, a, b = (logits(m, other.ids).log_softmax(-1) for m in (students[family], plain, fitted))
+        kl = [(p.exp() * (p - q)).sum(-1).mean() for q in (a, b)]
+        assert kl[1] < least * kl[0]
+
+
+def test_refine_is_refused():
+    with pytest.raises(ValueError, match="use refine=0"): fold(student_of(make("gpt2"), "hadamard"), TEXT, refine=5)
+    with pytest.raises(ValueError, match="refine is -1"): fold(student_of(make("llama"), "hadamard"), TEXT, refine=-1)
+    exact = fold(student_of(make("llama"), "scalar"), TEXT, refine=5) # nothing to fit
+    assert exact.folding.exact
+
+
+def test_refine_with_several_cuts():
+    student = student_of(make("llama"), "hadamard", CUTS["two"])
+    plain, fitted = (fold(student, TEXT, refine=steps, force=True).folding for steps in (0, 60))
+    assert fitted.kl < plain.kl and not fitted.exact

@@ -72,11 +72,13 @@ def test_users_need_no_development_tool(metadata):
 
 def test_the_wheel_holds_the_bundled_data(wheel):
     packed = {n for n in wheel.namelist() if n.startswith("linearpatch/")}
-    here = {p.relative_to(root).as_posix() for folder in ("playground", "passages") for p in (lib / folder).rglob("*")
+    here = {p.relative_to(root).as_posix() for folder in ("playground", "passages", "tasks") for p in (lib / folder).rglob("*")
             if p.is_file() and "__pycache__" not in p.parts}
     assert here <= packed and "linearpatch/playground/model.safetensors" in packed
     assert any(n.startswith("linearpatch/passages/heldout/") for n in packed)
+    assert {"linearpatch/tasks/offline.yaml", "linearpatch/tasks/pairs_case.jsonl"} <= packed
     assert {f"linearpatch/{p.name}" for p in lib.glob("*.py")} <= packed
+    assert {f"linearpatch/recipes/{p.name}" for p in (lib / "recipes").glob("*.toml")} <= packed
 
 
 def test_licence(wheel, metadata):
