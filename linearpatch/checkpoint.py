@@ -44,7 +44,7 @@ def _seal(folder, code):
     part, name = _entry(config, model["layers_key"])
     part[name] = f"{model['num_hidden_layers']} and a patch: {HINT}"
     foreign = {k: v for k, v in (config.get("auto_map") or {}).items() if not v.startswith(own)}
-    if model["remote"] and foreign: model["auto_map"] = foreign # the base model came with code
+    if model["remote"]: model["auto_map"] = model.get("auto_map", {}) | foreign # the base model came with code
     config |= {"model_type": "linearpatch", "architectures": ["LinearPatchForCausalLM"],
                "auto_map": {"AutoConfig": f"{own}.LinearPatchConfig", "AutoModelForCausalLM": f"{own}.LinearPatchForCausalLM"}}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -53,7 +53,10 @@ def _seal(folder, code):
 # %% ../nbs/09_checkpoint.ipynb #a4d618e5
 def _base_class(path, model, auto):
     "The base model's own class, of the config or of the model: from transformers, or from the code that it came with."
-    if model["remote"]: return get_class_from_dynamic_module(model["auto_map"][auto], path)
+    if model["remote"]:
+        cls = get_class_from_dynamic_module(model["auto_map"][auto], path)
+        cls.register_for_auto_class(auto) # its code is saved with it
+        return cls
     return CONFIG_MAPPING[model["model_type"]] if auto == "AutoConfig" else getattr(transformers, model["architecture"])
 
 @functools.lru_cache

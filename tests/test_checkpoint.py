@@ -71,11 +71,12 @@ def edit(path, change):
 @pytest.mark.parametrize("name", [*CONFIGS, *MORE])
 def test_round_trip(name, tmp_path):
     student = student_of(name, "many")
+    code = dict(trust_remote_code=hasattr(student.config, "auto_map"))
     expected, before = logits(student), plain(student.config)
     save_student(student, tmp_path / "s", max_shard_size="20KB")
     assert len(list((tmp_path / "s").glob("model-*.safetensors"))) > 2 and (tmp_path / "s/model.safetensors.index.json").exists()
-    again = load_student(tmp_path / "s")
-    assert type(again) is type(student) and type(again.config) is type(student.config) and not again.training
+    again = load_student(tmp_path / "s", **code)
+    assert type(again).__name__ == type(student).__name__ and type(again.config).__name__ == type(student.config).__name__ and not again.training
     assert torch.equal(logits(again), expected) and torch.equal(new_tokens(again), new_tokens(student))
     a, b = student.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -83,7 +84,7 @@ def test_round_trip(name, tmp_path):
     assert plain(again.config) == before, "the config is the one that was saved"
     assert {p.suffix for p in (tmp_path / "s").iterdir()} == {".json", ".safetensors", ".md", ".py"}
     save_student(again, tmp_path / "t") # and once more
-    assert torch.equal(logits(load_student(tmp_path / "t")), expected)
+    assert torch.equal(logits(load_student(tmp_path / "t", **code)), expected)
     with pytest.raises(ValueError, match="linearpatch.save_student"): again.save_pretrained(tmp_path / "u")
 
 
@@ -266,8 +267,8 @@ def test_patch_round_trip(name, where, tmp_path):
 
 
 def test_patch_of_a_loaded_and_trained_student(tmp_path):
-    teacher = teacher_of("llama").to(torch.bfloat16)
-    teacher.save_pretrained(tmp_path / "base"), load_playground()[1].save_pretrained(tmp_path / "base")
+    teacher_of("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base"), load_playground()[1].save_pretrained(tmp_path / "base")
+    teacher = load_model(tmp_path / "base")[0] # .to() rounds the frequencies of the positions, loading does not
     student = prune(teacher, CUTS["many"], patches_for(CUTS["many"]), share=True, dtype="float32")
     with torch.no_grad():
         for m in patch_modules(student): m.weight += 1e-4 * torch.randn_like(m.weight)
@@ -330,8 +331,7 @@ def test_patches_need_their_base(tmp_path):
 
 def test_wrong_bases_are_refused(copies):
     def base(change, **config):
-        torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**{**llama, **config}))
+        model = make(tf.LlamaConfig(**{**llama, **config}))
         with torch.no_grad(): change(model)
         shutil.rmtree(copies / "base"); model.save_pretrained(copies / "base"), load_playground()[1].save_pretrained(copies / "base")
     with pytest.MonkeyPatch.context() as m:

@@ -30,9 +30,9 @@ MORE = {
     "falcon-two-norms": lambda: tf.FalconConfig(**gpt, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-in-a-row": lambda: tf.FalconConfig(**gpt, parallel_attn=False, alibi=True, bias=True),
 }
-ALL = MORE | CONFIGS
-POST = {"gemma2", "gemma3", "olmo2", "glm4"} # a norm behind the writers
-LAYERNORM = {"opt", "gpt2", "gpt-j", "gpt-neo", "gpt-neox", "falcon", "bloom", "mpt", "olmo", "stablelm", "starcoder2", "nemotron", "phi",
+ALL = {name: config for name, config in (MORE | CONFIGS).items() if name not in ("opt-350m", "baichuan2")} # for these two see nbs/architectures.qmd
+POST = {"gemma2", "gemma3", "gemma3-images", "gemma4", "olmo2", "olmo3", "glm4"} # a norm behind the writers
+LAYERNORM = {"stablelm-parallel", "falcon-40b", "opt", "gpt2", "gpt-j", "gpt-neo", "gpt-neox", "falcon", "bloom", "mpt", "olmo", "stablelm", "starcoder2", "nemotron", "phi",
              "cohere", "cohere2", "falcon-two-norms", "falcon-in-a-row"}
 TEXT = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(0))
 H = make_rotation(C).dense(torch.float64)
@@ -299,7 +299,8 @@ def test_a_hidden_reader_is_found_out():
     student = student_of(make("llama"), "rotation")
     student.__class__ = Odd
     handle = decoder_layers(student)[3].register_forward_hook(lambda m, a, out: out + out.abs().sqrt())
-    with pytest.raises(ValueError, match="Odd cannot be folded: behind layer 3"): fold(student)
+    with pytest.raises(ValueError, match="Odd cannot be folded: behind layer 3"): fold(student, home=0)
+    assert fold(student).folding.home == 1 # the other side does not touch it
     handle.remove()
     assert fold(student).folding.exact
 
