@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DTYPES', 'KL_TOKENS', 'Job', 'check_words', 'work_folder', 'model_name', 'check_job', 'check_cache',
-           'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'continuation', 'train_patch',
-           'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student', 'fold_job', 'command_line']
+           'make_texts', 'make_lessons', 'diagnose_model', 'one_line', 'measure', 'measure_tasks', 'continuation',
+           'train_patch', 'prepare', 'run_job', 'student_folder', 'distill_job', 'check_lengths', 'check_student',
+           'task_cache', 'evaluate_job', 'fold_job', 'command_line']
 
 # %% ../nbs/13_pipeline.ipynb #7bfc0f17
 import contextlib
-import math
 import shlex
 import shutil
 import sys
@@ -29,15 +29,23 @@ class Job:
     metric: str = "cosine"       # what chooses the cut
     patch: str = "hadamard"      # family of the saved student's patches
     families: tuple = ()         # further families to compare with
+    averaging: str = "ratio-of-means" # how d is averaged, see `channel_scale`
+    per_layer: bool = False      # the patch of a cut is the product of one patch for each removed layer
     calibration: str = "wikitext2" # corpus, file, or "self"
     samples: int = 128           # calibration windows
     seq_len: int = 2048          # tokens in a window
     batch_size: int = 1          # windows at once
-    eval: tuple = ("wikitext2",) # corpora or files to measure perplexity on
+    eval: tuple = ("wikitext2",) # corpora (with another split: "ptb:validation") or files to measure perplexity on
     prompts: tuple = ()          # beginnings to be continued by dense, pruned and patched
+    tasks: tuple = ()            # tasks or groups of them to measure accuracy on
+    task_limit: Optional[int] = None # only the first items of each
+    task_batch_size: int = 16    # texts at once
+    task_bos: Optional[bool] = None # begin each text with BOS? None: as the tokenizer does
+    task_cache: object = None    # folder that keeps their results; None keeps none
     distill: Optional[str] = None # train the patch: "offline", "online" or not at all
     distill_samples: int = 5000  # windows of the calibration text to train on
     distill_batch_size: int = 1  # of them in a step
+    overlap: bool = False        # may they overlap? 5,000 of 2,048 tokens must, in a text as short as WikiText-2
     top_k: int = 100             # offline: tokens of the teacher kept for each prediction
     lr: float = 1e-4             # peak learning rate
     epochs: int = 1              # passes over the windows
@@ -64,11 +72,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def _one_of(what, value, names):
     if value not in names: raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(names)}")
 
+# %% ../nbs/13_pipeline.ipynb #3a7255d5
+def _corpus_split(source):
+    "(corpus, split) of a name such as `ptb:validation`; None for anything else."
+    corpus, colon, split = str(source).partition(":")
+    return (corpus, split) if colon and split and corpus in _SOURCES else None
+
 # %% ../nbs/13_pipeline.ipynb #0a8143d1
 def _check_source(what, source, extra=()):
     "ValueError where a text is neither a known name nor a file with something in it."
     names, path = _SOURCES + tuple(extra), Path(source).expanduser()
-    if source in names: return
+    if source in names or _corpus_split(source): return
     known = f"one of {', '.join(names)}"
     if path.is_dir(): raise ValueError(f"{what} {source} is a folder: give one text file, or {known}")
     if not path.is_file(): raise ValueError(f"{what} {source!r} is neither a file nor {known}")
@@ -90,11 +104,24 @@ def check_words(
     _one_of("metric", job.metric, METRICS)
     for family in (job.patch, *job.families): _one_of("patch", family, FAMILIES)
     _one_of("dtype", job.dtype, DTYPES)
+    _check_scale(job)
     _check_source("--calibration", job.calibration, ("self",))
     for source in job.eval: _check_source("--eval", source)
     if job.out is not None: check_output(job.out)
     if job.fold and job.patch == "none": raise ValueError("--fold folds a patch, and --patch is none: choose another, such as hadamard")
+    _check_tasks(job)
     _check_training(job)
+
+# %% ../nbs/13_pipeline.ipynb #8d6069bf
+def _check_scale(job):
+    "ValueError for a way of estimating the patch that there is not."
+    from linearpatch.fusion import NEEDS_MOMENTS
+    from linearpatch.scaling import AVERAGINGS
+    _one_of("averaging", job.averaging, AVERAGINGS)
+    heavy = NEEDS_MOMENTS & {job.patch, *job.families}
+    if job.per_layer and (not job.cuts or heavy):
+        raise ValueError("per_layer multiplies one patch for each removed layer: give the cuts, and a patch that scales "
+                         f"(scalar, diagonal, hadamard){', not ' + ', '.join(sorted(heavy)) if heavy else ''}")
 
 # %% ../nbs/13_pipeline.ipynb #6d204b85
 def _check_training(job):
@@ -107,6 +134,16 @@ def _check_training(job):
     if job.patch == "none": raise ValueError("--distill trains a patch, and --patch is none: choose another, such as hadamard")
     if _keeps_state(job) and (work_folder(job.out) / STATE).exists() and not job.resume:
         raise ValueError(f"{work_folder(job.out)} holds an interrupted distillation: go on with --resume, or delete its {STATE}")
+
+# %% ../nbs/13_pipeline.ipynb #be04416e
+def _check_tasks(job):
+    "ValueError for tasks that nobody knows, and numbers that make no sense."
+    if not job.tasks: return
+    from linearpatch.evaluation import task_names
+    for name in ("task_limit", "task_batch_size"):
+        if getattr(job, name) is not None and getattr(job, name) < 1: raise ValueError(f"--{name.replace('_', '-')} is {getattr(job, name)}: give at least 1")
+    if job.task_cache is not None and Path(job.task_cache).expanduser().is_file(): raise ValueError(f"{job.task_cache} is a file: give a folder for the results")
+    task_names(job.tasks)
 
 # %% ../nbs/13_pipeline.ipynb #3216ae6f
 def _training(job):
@@ -200,8 +237,9 @@ def make_texts(
     if job.calibration != "self":
         calibration = load_windows(job.calibration, tokenizer, split="calibration", samples=job.samples, **common)
     for source in job.eval:
-        name = source if source in _SOURCES else Path(source).name
-        corpora[name] = load_windows(source, tokenizer, split="heldout", samples=None, **common)
+        corpus, split = _corpus_split(source) or (source, "heldout")
+        name = source if corpus in _SOURCES else Path(source).name
+        corpora[name] = load_windows(corpus, tokenizer, split=split, samples=None, **common)
     return calibration, corpora
 
 # %% ../nbs/13_pipeline.ipynb #c67ff55f
@@ -213,7 +251,10 @@ def make_lessons(
     "The windows to distil on; ValueError for a text that is too short."
     from linearpatch.calibration import load_windows, sample_windows
     common = dict(seq_len=job.seq_len, samples=job.distill_samples, seed=job.seed)
-    if job.calibration != "self": return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, **common)
+    if job.calibration != "self":
+        try: return load_windows(job.calibration, tokenizer, split="calibration", bos=job.bos, overlap=job.overlap, **common)
+        except ValueError as e:
+            raise e if job.overlap or "too short" not in str(e) else ValueError(f"{e}; or let the windows to distil on overlap: --overlap") from e
     return None if model is None else sample_windows(model, tokenizer, batch_size=8, **common)
 
 # %% ../nbs/13_pipeline.ipynb #52414d20
@@ -234,7 +275,7 @@ def diagnose_model(
     everywhere = job.metric == "patch-aware" and job.patch in NEEDS_MOMENTS # each candidate is scored with its own patch
     common = dict(rotation=make_rotation(hidden_size(model)), batch_size=job.batch_size, progress=job.progress)
     with _stage(job, "statistics of every layer and candidate cut"):
-        if given: stats = collect(model, windows, cuts=given, moments=given if heavy else (), **common)
+        if given: stats = collect(model, windows, cuts=_compared(job, given), moments=given if heavy else (), **common)
         else: stats = collect(model, windows, n_remove=job.remove, moments="all" if everywhere else (), **common)
     with _stage(job, f"choice of the layers ({'given' if given else job.metric})"):
         selection = select(model, stats, windows, job.remove, metric=job.metric, cuts=given or None, seed=job.seed,
@@ -260,13 +301,6 @@ def one_line(
 # %% ../nbs/13_pipeline.ipynb #b9137323
 KL_TOKENS = 65536
 
-def _student_numbers(job, model, student, windows):
-    "Perplexity of a student and KL to its teacher; NaN where the student overflows, though the teacher did not."
-    from linearpatch.evaluation import NotFiniteError, kl_divergence, perplexity
-    few = windows[:max(1, KL_TOKENS // job.seq_len)]
-    try: return perplexity(student, windows, job.batch_size, job.progress), kl_divergence(model, student, few, job.batch_size)
-    except NotFiniteError: return math.nan, math.nan
-
 # %% ../nbs/13_pipeline.ipynb #7ec19205
 def measure(
     job:Job,    # the request
@@ -276,20 +310,38 @@ def measure(
     students,   # {family: student}, "none" for the one without a patch
 ) -> dict:      # the parts `perplexity`, `families`, `kl` and `continuations` of the record
     "Perplexity of the teacher and of each student, KL to the teacher, and how each goes on with the prompts."
-    from linearpatch.evaluation import perplexity
+    from linearpatch.evaluation import score_students
     families, kl, ppl = {}, {}, {}
     kinds = dict(pruned="none", patched=job.patch) | ({"distilled": "distilled"} if "distilled" in students else {})
     for c, windows in corpora.items():
-        with _stage(job, f"perplexity on {c}: intact model"):
-            dense, families[c], kl[c] = perplexity(model, windows, job.batch_size, job.progress), {}, {}
-        for family, student in students.items():
-            with _stage(job, f"perplexity on {c}: {'pruned' if family == 'none' else family}"):
-                families[c][family], kl[c][family] = _student_numbers(job, model, student, windows)
+        with _stage(job, f"perplexity on {c}, intact and {len(students)} students"):
+            dense, scores = score_students(model, students, windows, job.batch_size, job.progress, max(1, KL_TOKENS // job.seq_len))
+        families[c], kl[c] = ({f: pair[k] for f, pair in scores.items()} for k in (0, 1))
         ppl[c] = {"dense": dense} | {kind: families[c][family] for kind, family in kinds.items()}
     several = {"dense": model} | {kind: students[family] for kind, family in kinds.items()}
     def goes_on(prompt): return {k: continuation(m, tokenizer, prompt, bos=job.bos, seed=job.seed) for k, m in several.items()}
     with _stage(job, "continuations"): texts = [dict(prompt=p, **goes_on(p)) for p in job.prompts]
     return dict(perplexity=ppl, families=families, kl=kl, continuations=texts)
+
+# %% ../nbs/13_pipeline.ipynb #f0d5e5fc
+def measure_tasks(
+    job:Job,   # the request
+    model,     # the intact model
+    tokenizer, # its tokenizer
+    students,  # {family: student}, "none" for the one without a patch
+    loaded,    # what `load_tasks` returned
+):             # a `TaskTable`
+    "Accuracy of the teacher and of each student on the tasks, and what is retained."
+    from linearpatch.evaluation import NotFiniteError, compare_tasks, evaluate_tasks
+    scores, missing = {}, []
+    for family, student in {"dense": model, **students}.items():
+        name = "pruned" if family == "none" else family
+        with _stage(job, f"tasks: {name}"):
+            try: scores[name] = evaluate_tasks(student, tokenizer, loaded, job.task_limit, batch_size=job.task_batch_size, bos=job.task_bos, cache=job.task_cache)
+            except NotFiniteError:
+                if family == "dense": raise
+                missing.append(name)
+    return compare_tasks(scores, "dense", "pruned" if "pruned" in scores else None, missing)
 
 # %% ../nbs/13_pipeline.ipynb #354266e0
 def continuation(
@@ -313,14 +365,28 @@ def continuation(
                          temperature=temperature, top_k=40, top_p=1.0, pad_token_id=pad)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
+# %% ../nbs/13_pipeline.ipynb #7233840e
+def _compared(job, cuts):
+    "The cuts whose two sides the pass compares: the given ones, and each removed layer by itself where it gets a patch of its own."
+    from linearpatch.models import Cut
+    return [*cuts, *(Cut(l, l + 1) for c in cuts for l in c)] if job.per_layer else cuts
+
+def _patch(job, stats, cut, family):
+    "The patch of a cut: fitted across it, or the product of those fitted across its layers, in their order."
+    import torch
+    from linearpatch.fusion import Patch, fit_patch
+    if not job.per_layer: return fit_patch(stats, cut, family, job.averaging)
+    parts = [fit_patch(stats, type(cut)(l, l + 1), family, job.averaging) for l in cut]
+    matrix = torch.linalg.multi_dot([p.matrix for p in parts]) if len(parts) > 1 else parts[0].matrix
+    return Patch(matrix, family, cut, parts[0].info | dict(layers=len(parts)))
+
 # %% ../nbs/13_pipeline.ipynb #db1a44a2
 def _students(job, model, stats, selection):
     "The students by patch family, `none` first, all on the teacher's weights, and the patches of the saved one."
-    from linearpatch.fusion import fit_patch
     from linearpatch.pruning import prune
     students, saved = {}, []
     for family in dict.fromkeys(("none", *job.families, job.patch)):
-        patches = None if family == "none" else [fit_patch(stats, cut, family) for cut in selection.cuts]
+        patches = None if family == "none" else [_patch(job, stats, cut, family) for cut in selection.cuts]
         students[family] = prune(model, selection.cuts, patches, share=True)
         if family == job.patch: saved = patches or []
     return students, saved
@@ -382,7 +448,7 @@ def _notes(job, stats):
 
 # %% ../nbs/13_pipeline.ipynb #81243cbc
 def _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more):
-    "Put the record together; `more` is `distillation`, if there was one."
+    "Put the record together; `more` is `distillation` and `tasks`, if there were any."
     from linearpatch.report import Report, describe_model, draw_figures, figure_numbers, scale_record, versions, windows_record
     report = Report(
         schema=1, command=command, model=describe_model(model, model_name(job), selection.cuts, len(saved)),
@@ -406,6 +472,32 @@ def _load(job, tokenizer):
         model, _ = load_model(_location(job), job.dtype, job.device_map, job.trust_remote_code)
     return model, tokenizer
 
+# %% ../nbs/13_pipeline.ipynb #19eb1049
+def _load_tasks(job):
+    "The items of the tasks, before any weights: data may be out of reach."
+    if not job.tasks: return None
+    from linearpatch.evaluation import load_tasks
+    with _stage(job, "items of the tasks"): return load_tasks(job.tasks)
+
+# %% ../nbs/13_pipeline.ipynb #5ab1c0de
+def prepare(
+    job:Job,        # the request, checked
+    tokenizer=None, # of a model that is loaded already
+    evaluate=True,  # False: without the evaluation texts
+) -> tuple:         # (model, tokenizer, calibration windows, {corpus: evaluation windows}, windows to distil on or None)
+    "What a job works on: its texts first, since they are soon found to be wrong, then the weights. Seeds everything."
+    from linearpatch.calibration import sample_windows
+    from linearpatch.models import seed_everything
+    seed_everything(job.seed)
+    if isinstance(job.model, (str, Path)): tokenizer = tokenizer or _tokenizer(job)
+    elif tokenizer is None: raise ValueError("a loaded model needs its tokenizer: run_job(model, tokenizer, ...)")
+    windows, corpora = make_texts(job if evaluate else replace(job, eval=()), tokenizer)
+    lessons = make_lessons(job, tokenizer) if job.distill else None
+    model, tokenizer = _load(job, tokenizer)
+    if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=8)
+    if job.distill and lessons is None: lessons = make_lessons(job, tokenizer, model)
+    return model, tokenizer, windows, corpora, lessons
+
 # %% ../nbs/13_pipeline.ipynb #e5cb4bb1
 def run_job(
     model,          # a loaded model, a folder, a Hub name, or "playground"
@@ -415,20 +507,12 @@ def run_job(
     **settings,     # any other field of `Job`
 ):                  # a `Report`
     "All steps: check, load, diagnose, choose, patch, measure, write. ValueError for bad input, before anything is computed or written."
-    from linearpatch.calibration import sample_windows
-    from linearpatch.models import seed_everything
     job = Job(model, **settings)
     given = check_job(job)
-    seed_everything(job.seed)
-    if isinstance(model, (str, Path)): tokenizer = tokenizer or _tokenizer(job)
-    elif tokenizer is None: raise ValueError("a loaded model needs its tokenizer: run_job(model, tokenizer, ...)")
-    windows, corpora = make_texts(job if evaluate else replace(job, eval=()), tokenizer)
-    lessons = make_lessons(job, tokenizer) if job.distill else None
-    model, tokenizer = _load(job, tokenizer)
-    if windows is None: windows = sample_windows(model, tokenizer, job.seq_len, job.samples, seed=job.seed, batch_size=8)
-    if job.distill and lessons is None: lessons = make_lessons(job, tokenizer, model)
+    tasks = _load_tasks(job) if evaluate else None
+    model, tokenizer, windows, corpora, lessons = prepare(job, tokenizer, evaluate)
     command = command or command_line(job, "run" if evaluate else "diagnose")
-    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons)
+    return _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons, tasks)
 
 # %% ../nbs/13_pipeline.ipynb #dfdec738
 @contextlib.contextmanager
@@ -453,7 +537,7 @@ def _fold_best(job, students, best, windows):
     return "folded", f"The saved model is folded, plain transformers load it. {students['folded'].folding}."
 
 # %% ../nbs/13_pipeline.ipynb #34f95fd7
-def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons):
+def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, lessons, tasks):
     "The part of `run_job` behind the checks; the output folder appears when all is done, or not at all."
     from linearpatch.checkpoint import output_folder, save_student
     from linearpatch.pruning import prune
@@ -469,6 +553,7 @@ def _work(job, model, tokenizer, given, windows, corpora, command, evaluate, les
                 more["distillation"] = train_patch(job, students["distilled"], model, lessons, work)
             if job.fold: best, why = _fold_best(job, students, best, windows)
             measured = measure(job, model, tokenizer, corpora, students)
+            if tasks: more["tasks"] = dict(measure_tasks(job, model, tokenizer, students, tasks))
         report = _record(job, command, model, stats, selection, windows, corpora, saved, measured, **more)
         if evaluate and job.fold: report["notes"].append(why)
         if folder is not None:
@@ -497,8 +582,25 @@ def _over_teacher(job, folder, teacher):
     "The student of a folder again, over the teacher's own weights."
     from linearpatch.checkpoint import load_student, student_patches
     from linearpatch.pruning import prune
-    with _no_bar(): patches = student_patches(load_student(folder, trust_remote_code=job.trust_remote_code))
-    return prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
+    with _no_bar(): student = load_student(folder, trust_remote_code=job.trust_remote_code)
+    folded = student.config.linearpatch.get("folded", [])
+    student.config.linearpatch = student.config.linearpatch | {"folded": []} # these parts are copied, not fitted again
+    patches = student_patches(student)
+    again = prune(teacher, [p.cut for p in patches], patches, share=True, dtype="float32")
+    for f in folded: _copy_mlp(student, again, f["layer"])
+    again.config.linearpatch["folded"] = folded
+    return again
+
+def _copy_mlp(student, again, layer):
+    "Give a student the last MLP matrix, with what is multiplied into it, of a layer of another."
+    import torch
+    from linearpatch.models import decoder_layers, mlp_weights
+    old, new = decoder_layers(student)[layer], decoder_layers(again)[layer]
+    for path, key in mlp_weights(old):
+        module, bias = old.get_submodule(path), "bias" if key == "weight" else f"{key}_bias"
+        for k in (key, bias):
+            weight = getattr(module, k, None)
+            if weight is not None: setattr(new.get_submodule(path), k, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 # %% ../nbs/13_pipeline.ipynb #c4175a49
 def _load_teacher(job, config):
@@ -599,6 +701,62 @@ def _distill_saved(job, path, config, tokenizer, lessons, corpora, cache):
         with _stage(job, "student"), _no_bar(): save_student(student, folder / "model", tokenizer, card=dict(distillation=result, perplexity=result["perplexity"]))
     return result
 
+# %% ../nbs/13_pipeline.ipynb #7a49399f
+def task_cache() -> Path: # the folder
+    "Where the command line keeps results of tasks: `$XDG_CACHE_HOME/linearpatch/tasks`, or `~/.cache/linearpatch/tasks`."
+    import os
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearpatch" / "tasks"
+
+def _task_models(models, dense, pruned):
+    "{name in the table: model}, the baseline first; ValueError for a folder that is not there, or two of one name."
+    from linearpatch.models import check_folder
+    named = {}
+    for m in dict.fromkeys([*([dense] if dense else []), *models, *([pruned] if pruned else [])]):
+        job, name = Job(m), Path(str(m).rstrip("/")).name
+        if name == "model" and Path(m).is_dir(): name = Path(m).resolve().parent.name
+        if not (Path(m).expanduser() / "model" / "config.json").is_file(): check_folder(_location(job))
+        if name in named: raise ValueError(f"{named[name]} and {m} would both be called {name} in the table: rename one of the folders")
+        named[name] = _location(job)
+    if not named: raise ValueError("nothing to evaluate: give at least one model")
+    return named
+
+# %% ../nbs/13_pipeline.ipynb #d24f7de2
+def evaluate_job(
+    models,           # folders (of a model, a student, or a run) and Hub names, "playground"
+    tasks=("offline",), # tasks or groups of them
+    dense=None,       # the baseline, if it is not the first
+    pruned=None,      # the one without a patch: tasks on which others are worse are marked
+    out=None,         # folder to write: tasks.json, tasks.md; None writes nothing
+    progress=False,   # tell on stderr what is being done
+    num_fewshot=None, # solved examples before each question; None: as is the custom
+    **settings,       # limit, batch_size, bos, cache, dtype, device_map, trust_remote_code, as of `evaluate_tasks`
+):                    # a `TaskTable`
+    "Compare saved models on tasks; ValueError for bad input before any weights are read. What is finished is kept in `cache`."
+    from linearpatch.evaluation import compare_tasks, evaluate_tasks, load_tasks
+    from linearpatch.pruning import check_output
+    named = _task_models([models] if isinstance(models, (str, Path)) else models, dense, pruned)
+    if out is not None: check_output(out)
+    loaded, scores, job = load_tasks(tasks, num_fewshot), {}, Job(None, progress=progress)
+    try:
+        for name, place in named.items():
+            with _stage(job, f"tasks: {name}"), _no_bar(): scores[name] = evaluate_tasks(place, tasks=loaded, progress=progress, **settings)
+    except KeyboardInterrupt:
+        if settings.get("cache"): print(f"\nfinished tasks are kept in {settings['cache']}: the same command goes on from there", file=sys.stderr)
+        raise
+    table = compare_tasks(scores, pruned=next((n for n, p in named.items() if pruned and p == _location(Job(pruned))), None))
+    if out is not None: _save_tasks(table, out)
+    return table
+
+# %% ../nbs/13_pipeline.ipynb #faf927a7
+def _save_tasks(table, out):
+    "tasks.json for programs, tasks.md for people."
+    import json
+    from linearpatch.pruning import output_folder
+    from linearpatch.report import plain
+    with output_folder(out) as folder:
+        (folder / "tasks.json").write_text(json.dumps(plain(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / "tasks.md").write_text(table._repr_markdown_() + "\n", encoding="utf-8")
+
 # %% ../nbs/13_pipeline.ipynb #6fa77ea4
 def fold_job(
     folder,                 # what `run` wrote, or the model/ in it
@@ -608,6 +766,7 @@ def fold_job(
     seq_len=2048,           # tokens in a window
     tolerance=0.01,         # refuse a fold whose KL from the patched student is above this, nats a token
     force=False,            # ... unless forced
+    refine=0,               # steps of fitting the bases, see `fold`
     **settings,             # further fields of `Job`: batch_size, bos, dtype, device_map, seed, trust_remote_code, progress
 ):                          # a `Folding`
     "Fold a student that was saved earlier into a plain checkpoint; ValueError for bad input or a fold that costs too much; nothing is written then."
@@ -624,14 +783,15 @@ def fold_job(
     def text(): return load_windows(calibration, tokenizer, seq_len=seq_len, samples=samples, bos=job.bos, seed=job.seed)
     with _stage(job, f"loading {path}"), _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
     with _stage(job, "folding the patch into the weights"):
-        folded = fold(student, text, tolerance, force, share=True, batch_size=job.batch_size)
+        folded = fold(student, text, tolerance, force, share=True, refine=refine, batch_size=job.batch_size)
     with _stage(job, "writing"), _no_bar(): save_student(folded, out, tokenizer)
     return folded.folding
 
 # %% ../nbs/13_pipeline.ipynb #e609e570
 _options = dict(
     remove="--remove", cuts="--cut", metric="--metric", patch="--patch", calibration="--calibration", samples="--samples",
-    seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", dtype="--dtype",
+    seq_len="--seq-len", batch_size="--batch-size", eval="--eval", prompts="--prompt", tasks="--tasks",
+    task_limit="--task-limit", task_batch_size="--task-batch-size", task_cache="--task-cache", dtype="--dtype",
     device_map="--device-map", seed="--seed", distill="--distill", distill_samples="--distill-samples",
     distill_batch_size="--distill-batch-size", top_k="--top-k", lr="--lr", epochs="--epochs", learn="--learn",
     accumulate="--accumulate", weight_decay="--weight-decay", patience="--patience")
@@ -653,6 +813,7 @@ def command_line(
         value = getattr(job, name)
         if name not in skip and value not in (None, (), defaults[name]): words += _as_words(option, value)
     words += ["--compare"] * (command == "run" and bool(job.families))
-    words += ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
+    words += ["--overlap"] * job.overlap + ["--gradient-checkpointing"] * job.gradient_checkpointing + ["--fold"] * job.fold
+    words += [] if job.task_bos is None else ["--task-bos" if job.task_bos else "--no-task-bos"]
     words += ["--no-bos"] * (not job.bos) + ["--trust-remote-code"] * job.trust_remote_code
     return shlex.join(words + ([] if job.out is None else ["--out", str(job.out)]))
