@@ -78,7 +78,7 @@ def choose_methods(
     for name in (*only, *skip):
         if name not in names:
             near = difflib.get_close_matches(name, names, 3, 0.4)
-            raise ValueError(f"unknown method {name!r}" + (f", perhaps {' or '.join(near)}?" if near else "") + f" There are {', '.join(names)}")
+            raise ValueError(f"unknown method {name!r}" + (f", perhaps {' or '.join(near)}?" if near else ".") + f" There are {', '.join(names)}")
     chosen = [m for m in METHODS if (not only or m.name in only) and m.name not in skip]
     if not chosen: raise ValueError(f"no method is left: --only {','.join(only)} --skip {','.join(skip)}")
     return chosen

@@ -620,7 +620,7 @@ def run_recipe(
 # %% ../nbs/15_reproduce.ipynb #r15c0073
 def _check_out(recipe, out, resume):
     "ValueError for a folder that is in use; True where it holds the finished student of an interrupted run of this recipe."
-    from linearpatch.pruning import check_output
+    from linearpatch.checkpoint import check_output
     if not resume or out is None or not (Path(out) / "report.json").is_file():
         if out is not None: check_output(out)
         return False

@@ -33,4 +33,4 @@ os.environ.update(OMP_NUM_THREADS=str(max(1, cpus() // workers)), TOKENIZERS_PAR
 run(f"{len(notebooks)} notebooks, {workers} at a time", "-c",
     "from nbdev.test import nbdev_test; nbdev_test.__wrapped__("
     f"n_workers={workers}, do_print=True, timing=True)")
-run("pytest", "-m", "pytest")
+run(f"pytest, {workers} at a time", "-m", "pytest", "-n", str(workers), "--dist", "worksteal")

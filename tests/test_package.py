@@ -4,7 +4,7 @@ import pytest
 from repo import lib, load, modules, nbs, public, root, settings, source
 
 tools = {"nbdev", "execnb", "fastcore", "ghapi", "fastgit", "jupyterlab", "ipykernel", "nbformat", "nbconvert",
-         "nbclient", "pytest", "ipywidgets", "ipython", "notebook", "jupyter", "build"}
+         "nbclient", "pytest", "pytest-xdist", "ipywidgets", "ipython", "notebook", "jupyter", "build"}
 
 
 def names(requirements): return {re.split(r"[<>=!~\[; ]", r)[0].lower() for r in requirements}
