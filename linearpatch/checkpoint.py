@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HINT', 'FORMAT_VERSION', 'check_output', 'output_folder', 'student_card', 'save_student', 'read_student',
-           'load_student', 'student_patches', 'patch_card', 'save_patch', 'load_patch', 'load', 'student_tokenizer',
-           'push_to_hub']
+           'load_student', 'student_patches', 'patch_card', 'save_patch', 'load_patch', 'is_student', 'load',
+           'student_tokenizer', 'plain_config', 'push_to_hub']
 
 # %% ../nbs/09_checkpoint.ipynb #1675c5cf
 import contextlib, copy, functools, hashlib, inspect, json, os, re, shlex, shutil, tempfile
@@ -694,8 +694,10 @@ def _load_with_patch(name, patch, dtype, device_map, trust_remote_code):
     return prune(model, [p.cut for p in patches], patches, inplace=True, dtype=record["dtype"]), tokenizer
 
 # %% ../nbs/09_checkpoint.ipynb #6a3f5ae1
-def _is_student(name):
-    "Does the folder or the repository hold a student?"
+def is_student(
+    name, # a folder, or a name on the Hub
+) -> bool:
+    "Does it hold a student, patched or folded? ValueError for a patch alone."
     folder = Path(name).expanduser()
     if (folder / "linearpatch.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds a patch alone: give it with its base, linearpatch.load(base, patch={str(name)!r})")
@@ -713,7 +715,7 @@ def load(
 ) -> tuple:                  # (model in eval mode, its tokenizer, or None where a student was saved without one)
     "Load a model, a student, or a base with a patch; ValueError for what does not fit, is damaged, or is not allowed."
     if patch is not None: return _load_with_patch(name, patch, dtype, device_map, trust_remote_code)
-    if not _is_student(name): return load_model(name, dtype, device_map, trust_remote_code)
+    if not is_student(name): return load_model(name, dtype, device_map, trust_remote_code)
     folder, config = read_student(name, trust_remote_code)
     return load_student(folder, dtype, device_map, trust_remote_code), student_tokenizer(folder, config, trust_remote_code)
 
@@ -726,6 +728,15 @@ def student_tokenizer(
     "The tokenizer that was saved beside a student, chosen as for its base model."
     if not (Path(folder) / "tokenizer_config.json").is_file(): return None
     return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+
+def plain_config(
+    config, # of a student, from `read_student`; another one comes back as it is
+):          # one of the base model's own class, with as many layers as the student has
+    "The config from which the architecture can be built, without its patches."
+    if "model" not in (getattr(config, "linearpatch", None) or {}): return config
+    plain = copy.deepcopy(config)
+    plain.__class__ = type(config).__mro__[1]
+    return plain
 
 # %% ../nbs/09_checkpoint.ipynb #d2b17cca
 def push_to_hub(

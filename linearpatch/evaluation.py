@@ -27,12 +27,12 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .calibration import Windows, check_seq_len
-from .models import check_folder, fingerprint, load_model, text_config
-from .checkpoint import load_student
+from .models import check_folder, fingerprint, load_model, read_config, text_config
+from .checkpoint import is_student, load_student, plain_config, read_student, student_tokenizer
 from .pruning import patch_modules
 from .selection import run_model, token_kl, token_nll
 
@@ -404,10 +404,11 @@ def memory_needed(
     trust_remote_code=False, # for a model that came with its own code
 ) -> dict:              # {"weights", "logits"}: bytes
     "An estimate before any weight is read: all parameters, and the largest batch of logits with its log-probabilities."
+    record, config = getattr(config, "linearpatch", None) or {}, plain_config(config)
     auto = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
     with torch.device("meta"): model = auto.from_config(config, trust_remote_code=trust_remote_code)
     size = torch.empty(0, dtype=getattr(torch, str(dtype if dtype != "auto" else config.dtype or "float32").removeprefix("torch."))).element_size()
-    text, patches = text_config(config), len((getattr(config, "linearpatch", None) or {}).get("patches", []))
+    text, patches = text_config(config), len(record.get("patches", []))
     weights = sum(p.numel() for p in model.parameters()) + patches * text.hidden_size ** 2
     return dict(weights=weights * size, logits=2 * batch_size * seq_len * text.vocab_size * size)
 
@@ -440,14 +441,16 @@ def _open(name, tokenizer, loaded, limit, batch_size, dtype, device_map, trust_r
     "Model and tokenizer of a folder (a run's, too) or a Hub name, after a look at the memory."
     inner = Path(name).expanduser() / "model"
     name = check_folder(inner if (inner / "config.json").is_file() else name)
-    code = dict(trust_remote_code=trust_remote_code)
+    code, student = dict(trust_remote_code=trust_remote_code), is_student(name)
     try:
-        config = AutoConfig.from_pretrained(name, **code)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **code)
+        config = read_student(name, **code)[1] if student else read_config(name, **code)
+        own = student_tokenizer if student else lambda name, config, **code: AutoTokenizer.from_pretrained(name, **code)
+        tokenizer = tokenizer or own(name, config, **code)
     except OSError as e: raise ValueError(f"cannot read the config and tokenizer of {name!r}: {str(e).splitlines()[0]}") from e
+    if tokenizer is None: raise ValueError(f"{name} has no tokenizer: save one beside the model with tokenizer.save_pretrained")
     seq_len = min(_longest(loaded, tokenizer, limit), getattr(text_config(config), "max_position_embeddings", None) or math.inf)
     check_memory(memory_needed(config, dtype, batch_size, seq_len, trust_remote_code), device_map)
-    load = load_student if getattr(config, "linearpatch", None) else lambda *a: load_model(*a)[0]
+    load = load_student if student else lambda *a: load_model(*a)[0]
     return load(name, dtype, device_map, trust_remote_code), tokenizer
 
 # %% ../nbs/11_evaluation.ipynb #083f5674

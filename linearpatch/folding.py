@@ -483,14 +483,14 @@ def _batches(student, windows, batch_size):
     return list(windows.batches(batch_size))
 
 def _options(plan, home, windows):
-    "The homes to try: the first exact one alone, if there is one; ValueError with the reason where there is none."
+    "The homes to try: only exact ones, if there are any; ValueError with the reason where there is none."
     homes = [i / 2 for i in range(2 * len(plan.P) + 1)]
     if home is not None and home not in homes: raise ValueError(f"home is {home}: choose one of {', '.join(f'{h:g}' for h in homes)}")
     reasons = {h: _obstacle(plan, h) for h in (homes if home is None else [home])}
     possible = [h for h, reason in reasons.items() if reason is None]
     if not possible: raise ValueError(f"{plan.name} cannot be folded with this patch: {next(iter(reasons.values()))}, or keep the student unfolded")
     exact = [h for h in possible if plan.exact(h)]
-    if exact: return [min(exact, key=lambda h: (len({id(B) for B in plan.touched(plan.basis(h)).values()}), h))]
+    if exact: return sorted(exact, key=lambda h: (len({id(B) for B in plan.touched(plan.basis(h)).values()}), h))
     if windows is None: raise ValueError("this patch is no scalar and no scaled rotation, so its fold is not exact: give calibration windows, fold(student, windows)")
     return possible
 
@@ -541,7 +541,7 @@ def fold(
         if callable(windows): windows = None if plan.exact(options[0]) else windows()
         batches = _batches(student, windows, batch_size)
         probe = batches[:max(1, PROBE_TOKENS // batches[0][0].numel())]
-        folded, report = min((_attempt(student, plan, h, batches, probe) for h in options), key=lambda a: a[1].kl)
+        folded, report = _best(student, plan, options, batches, probe)
         if refine and not report.exact:
             plan.fitted[report.home] = _fit_bases(student, plan, report.home, batches, refine)
             folded, report = min((folded, report), _attempt(student, plan, report.home, batches, probe), key=lambda a: a[1].kl)

@@ -770,16 +770,16 @@ def fold_job(
     **settings,             # further fields of `Job`: batch_size, bos, dtype, device_map, seed, trust_remote_code, progress
 ):                          # a `Folding`
     "Fold a student that was saved earlier into a plain checkpoint; ValueError for bad input or a fold that costs too much; nothing is written then."
-    from transformers import AutoTokenizer
     from linearpatch.calibration import load_windows
     from linearpatch.folding import fold
-    from linearpatch.checkpoint import load_student, save_student
+    from linearpatch.checkpoint import load_student, save_student, student_tokenizer
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
     check_words(job)
     check_lengths(job, config)
     if job.calibration == "self": raise ValueError("--calibration self needs the intact model, and folding does not load it: give a text")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=job.trust_remote_code)
+    tokenizer = student_tokenizer(path, config, job.trust_remote_code)
+    if tokenizer is None: raise ValueError(f"{path} has no tokenizer: save one beside the student with tokenizer.save_pretrained")
     def text(): return load_windows(calibration, tokenizer, seq_len=seq_len, samples=samples, bos=job.bos, seed=job.seed)
     with _stage(job, f"loading {path}"), _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
     with _stage(job, "folding the patch into the weights"):
