@@ -733,7 +733,7 @@ def evaluate_job(
 ):                    # a `TaskTable`
     "Compare saved models on tasks; ValueError for bad input before any weights are read. What is finished is kept in `cache`."
     from linearpatch.evaluation import compare_tasks, evaluate_tasks, load_tasks
-    from linearpatch.pruning import check_output
+    from linearpatch.checkpoint import check_output
     named = _task_models([models] if isinstance(models, (str, Path)) else models, dense, pruned)
     if out is not None: check_output(out)
     loaded, scores, job = load_tasks(tasks, num_fewshot), {}, Job(None, progress=progress)
@@ -751,7 +751,7 @@ def evaluate_job(
 def _save_tasks(table, out):
     "tasks.json for programs, tasks.md for people."
     import json
-    from linearpatch.pruning import output_folder
+    from linearpatch.checkpoint import output_folder
     from linearpatch.report import plain
     with output_folder(out) as folder:
         (folder / "tasks.json").write_text(json.dumps(plain(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
