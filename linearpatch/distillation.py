@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE_DTYPES', 'MANIFEST', 'FORMAT', 'LEARN', 'STATE', 'top_k_probs', 'top_k_kl', 'index_dtype', 'bytes_per_token',
            'atomic_file', 'TopKCache', 'find_cache', 'check_room', 'cache_teacher', 'Offline', 'Online', 'Full',
-           'Diagonal', 'LowRank', 'only_patches_learn', 'Training', 'DistillationError', 'Distilled', 'plot_history',
-           'distill']
+           'Diagonal', 'LowRank', 'Rotation', 'only_patches_learn', 'Training', 'DistillationError', 'Distilled',
+           'plot_history', 'distill']
 
 # %% ../nbs/10_distillation.ipynb #3718d935
 import copy, hashlib, json, math, os, shutil, time
@@ -343,7 +343,19 @@ class LowRank(nn.Module):
         "The patch's weight, (C, C)."
         return weight + self.A @ self.B
 
-LEARN = {"full": Full, "diagonal": Diagonal, "low-rank": LowRank}
+# %% ../nbs/10_distillation.ipynb #29d25826
+class Rotation(nn.Module):
+    "exp(s) P0 exp(A - A^T): a scaled rotation stays one."
+    def __init__(self, weight, rank, generator):
+        super().__init__()
+        self.A, self.s = nn.Parameter(torch.zeros_like(weight)), nn.Parameter(weight.new_zeros(()))
+    def forward(self, weight):
+        "The patch's weight, (C, C)."
+        A, s, start = self.A, self.s, weight
+        if not torch.is_grad_enabled() and weight.device.type != "mps": A, s, start = A.double(), s.double(), start.double()
+        return (s.exp() * torch.linalg.matrix_exp(A - A.T) @ start).to(weight)
+
+LEARN = {"full": Full, "diagonal": Diagonal, "low-rank": LowRank, "rotation": Rotation}
 
 # %% ../nbs/10_distillation.ipynb #7f0bcb7d
 @contextmanager
@@ -353,7 +365,7 @@ def only_patches_learn(
     rank:int=8,        # of "low-rank"
     seed:int=0,        # of its random half
 ):                     # the parameters that learn, by name
-    """Within the block the patches are float32 sums of a frozen start and something that learns, and all else is frozen.
+    """Within the block each patch is float32, made of a frozen start and something that learns, and all else is frozen.
 
     Afterwards they are plain weights again, holding what was learnt; they stay float32, since rounding would undo small steps."""
     flags, patches = [(p, p.requires_grad) for p in student.parameters()], patch_modules(student)

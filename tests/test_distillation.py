@@ -1,7 +1,7 @@
 "Distillation: the loss, the cache, both objectives on every architecture, and runs that are killed."
 import copy, json, multiprocessing, random, time
 import pytest, torch
-from tiny import CONFIGS, fresh as make, random_patch
+from tiny import CONFIGS, FakePatch, fresh as make, liven, random_patch
 from linearpatch import distillation
 from linearpatch.calibration import Windows, load_windows
 from linearpatch.distillation import (DistillationError, Full, LEARN, Offline, Online, TopKCache, Training, bytes_per_token, cache_teacher, check_room,
@@ -242,7 +242,7 @@ def test_every_choice_begins_at_the_start_and_stays_in_its_kind(learn):
     start = matrix(student)
     with only_patches_learn(student, learn, rank=3) as learning:
         assert torch.equal(patch_modules(student)[0].weight, start)
-        assert sum(p.numel() for p in learning.values()) == dict(full=32 * 32, diagonal=32, **{"low-rank": 2 * 32 * 3})[learn]
+        assert sum(p.numel() for p in learning.values()) == dict(full=32 * 32, diagonal=32, rotation=32 * 32 + 1, **{"low-rank": 2 * 32 * 3})[learn]
         assert [k for k, p in student.named_parameters() if p.requires_grad] == [f"model.layers.2.linear_patch.parametrizations.weight.0.{k[2:]}" for k in learning]
     distill(student, text(), teacher, lr=1e-2, batch_size=4, learn=learn, rank=3)
     change = (matrix(student) - start).double()
@@ -408,3 +408,17 @@ def test_a_trained_model_gains_at_its_best_cuts(second_model, tmp_path, mode, n)
         free = perplexity(student, heldout, batch_size=16)
         distill(student, source, teacher, lr=1e-2, batch_size=4)
         assert perplexity(student, heldout, batch_size=16) < .93 * free
+
+
+def test_a_trained_rotation_stays_one_and_folds():
+    from linearpatch.folding import fold
+    teacher = liven(make("llama")) # at its first weights the stream is so small that a norm's epsilon shows
+    Q = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    student = prune(teacher, Cut(2, 4), FakePatch(1.3 * Q, Cut(2, 4), "procrustes"), share=True, dtype="float32")
+    distill(student, text(), teacher, lr=1e-2, batch_size=4, learn="rotation")
+    P = patch_modules(student)[0].weight.double()
+    assert (P - 1.3 * Q.T).norm() > 0.01 * P.norm()
+    torch.testing.assert_close(P @ P.T, (P @ P.T).diagonal().mean() * torch.eye(32).double(), atol=1e-5, rtol=0)
+    folded = fold(student)
+    with torch.no_grad(): torch.testing.assert_close(folded(text().ids[:2]).logits, student(text().ids[:2]).logits, atol=1e-4, rtol=1e-4)
+    assert folded.folding.exact
