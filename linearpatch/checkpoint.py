@@ -198,6 +198,7 @@ def output_folder(
         yield partial
         mask = os.umask(0); os.umask(mask)
         partial.chmod(0o777 & ~mask) # mkdtemp makes it private
+        for p in partial.rglob("*"): p.chmod((0o777 if p.is_dir() else 0o666) & ~mask) # some writers do, too
         for p in (*partial.rglob("*"), partial): _sync(p)
         os.replace(partial, path)
         _sync(path.parent)
@@ -247,7 +248,7 @@ def _how(card):
 
 def _numbers(card):
     "The measured part of a card."
-    ppl, kinds = card.get("perplexity") or {}, ("dense", "pruned", "patched", "distilled")
+    ppl, kinds = card.get("perplexity") or {}, ("dense", "pruned", "patched", "distilled", "folded")
     kinds = [k for k in kinds if any(k in row for row in ppl.values())]
     rows = [["Text", *kinds]] + [[c, *(f"{row[k]:.2f}" if row.get(k) is not None else "" for k in kinds)] for c, row in ppl.items()]
     head = "Perplexity (lower is better; `dense` is the base, `pruned` has no patch), as the run that made this model measured it:"
@@ -284,7 +285,9 @@ def student_card(
     card, record, C = card or {}, student.config.linearpatch, hidden_size(student)
     patches, base = record["patches"], (record.get("teacher") or {}).get("name")
     code = "" if not patches else ", trust_remote_code=True"
-    what = f"a {C} x {C} matrix in the place of each removed run" if patches else "no parameter more"
+    untied = getattr(getattr(student, "folding", None), "untied", False)
+    what = f"a {C} x {C} matrix in the place of each removed run" if patches else "no module more"
+    if untied: what += ", its head no longer tied to the embedding (a matrix of its own)"
     return f"""{_front(base, "transformers", "finetune", card.get("license"))}
 
 # {Path(base or "A model").name}, layers {_layers(record.get("cuts", []))} removed
@@ -396,7 +399,7 @@ def _json(path):
 
 def _check_version(version, path):
     "ValueError for a format that is not known here."
-    if not isinstance(version, int) or version < 1: raise ValueError(f"{path}: {version!r} is no format version; the file was altered")
+    if type(version) is not int or version < 1: raise ValueError(f"{path}: {version!r} is no format version; the file was altered")
     if version > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, and linearpatch {__version__} reads up to {FORMAT_VERSION}: "
                          "install a newer linearpatch")
@@ -561,6 +564,11 @@ def _tensors(patches, dtype):
     def plain(x): return x.detach().cpu().to(getattr(torch, dtype) if dtype else x.dtype).clone(memory_format=torch.contiguous_format)
     return {k: plain(x) for k, x in named.items() if x is not None}
 
+def _digest(record):
+    "SHA-256 of what linearpatch.json says, but for this number itself."
+    said = {k: v for k, v in record.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
 def _hash(path):
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -571,7 +579,8 @@ def _write_patch(patches, folder, about, dtype, card):
     record = {"format": "linearpatch patch", "version": FORMAT_VERSION, "base": about, "patches": entries, "dtype": dtype,
               "weights": {"file": "patch.safetensors", "sha256": _hash(folder / "patch.safetensors")}}
     plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)
-    (folder / "linearpatch.json").write_text(json.dumps(record, indent=1, default=plain) + "\n", encoding="utf-8")
+    record = json.loads(json.dumps(record, default=plain))
+    (folder / "linearpatch.json").write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(patch_card(record, card), encoding="utf-8")
 
 # %% ../nbs/09_checkpoint.ipynb #5b1e54f0
@@ -645,6 +654,8 @@ def _read_patch(name):
         raise ValueError(f"{name} holds no patch (no linearpatch.json): give a folder written by save_patch")
     record = _json(_inside(folder, "linearpatch.json"))
     _check_patch_record(record, folder / "linearpatch.json")
+    if record.get("sha256") != _digest(record):
+        raise ValueError(f"{folder / 'linearpatch.json'} is not as it was written (its SHA-256 differs): it was altered; get it again")
     path = _inside(folder, record["weights"].get("file"))
     if _hash(path) != record["weights"]["sha256"]:
         raise ValueError(f"{path} is not the file that linearpatch.json was written with (its SHA-256 differs): "
@@ -690,7 +701,7 @@ def _load_with_patch(name, patch, dtype, device_map, trust_remote_code):
     if fingerprint(model) != base["fingerprint"]:
         at = f" at {base['revision']}" if base.get("revision") else ""
         raise ValueError(f"the patch belongs to other weights: it was fitted on {base['name']}{at} (fingerprint {base['fingerprint']}), "
-                         f"and {name} has the fingerprint {fingerprint(model)}")
+                         f"and {name} has the fingerprint {fingerprint(model)}; give that base, or fit a patch on this one")
     return prune(model, [p.cut for p in patches], patches, inplace=True, dtype=record["dtype"]), tokenizer
 
 # %% ../nbs/09_checkpoint.ipynb #6a3f5ae1

@@ -9,11 +9,12 @@ __all__ = ['app', 'WHAT', 'HOW', 'TEXT', 'MACHINE', 'ModelArg', 'OutOpt', 'Remov
            'DistillSamplesOpt', 'DistillBatchOpt', 'TopKOpt', 'LrOpt', 'EpochsOpt', 'LearnOpt', 'AccumulateOpt',
            'DecayOpt', 'PatienceOpt', 'OverlapOpt', 'RecomputeOpt', 'ResumeOpt', 'TASK', 'TasksOpt', 'TaskLimitOpt',
            'TaskBatchOpt', 'TaskBosOpt', 'TaskCacheOpt', 'FolderArg', 'NewOpt', 'TeacherOpt', 'CacheOpt', 'RivalsOpt',
-           'SkipOpt', 'OwnOpt', 'OneCutOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt', 'ModelsArg',
-           'GroupsOpt', 'AMONG', 'DenseOpt', 'PrunedOpt', 'LimitOpt', 'ShotsOpt', 'KeepOpt', 'BatchTextsOpt', 'ROW',
-           'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt', 'RowForceOpt', 'RowResumeOpt',
-           'PlainOpt', 'FoldSamplesOpt', 'ToleranceOpt', 'ForceOpt', 'RefineOpt', 'run', 'diagnose', 'compare_rivals',
-           'distill_saved', 'evaluate_saved', 'reproduce_row', 'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
+           'SkipOpt', 'OwnOpt', 'OneCutOpt', 'RivalTasksOpt', 'AutoOpt', 'LayerLrOpt', 'LayerEpochsOpt', 'TableOpt',
+           'ModelsArg', 'GroupsOpt', 'AMONG', 'DenseOpt', 'PrunedOpt', 'LimitOpt', 'ShotsOpt', 'KeepOpt',
+           'BatchTextsOpt', 'ROW', 'RowArg', 'ListOpt', 'RowOutOpt', 'DryOpt', 'RowTasksOpt', 'RowSamplesOpt',
+           'RowForceOpt', 'RowResumeOpt', 'PlainOpt', 'FoldSamplesOpt', 'FoldLenOpt', 'ToleranceOpt', 'ForceOpt',
+           'RefineOpt', 'run', 'diagnose', 'compare_rivals', 'distill_saved', 'evaluate_saved', 'reproduce_row',
+           'fold_saved', 'demo_settings', 'demo', 'tell', 'main']
 
 # %% ../nbs/16_cli.ipynb #8bbbb92a
 import os
@@ -156,7 +157,7 @@ RivalsOpt = _option(Optional[str], "--only", "Names of methods, with commas: not
 SkipOpt = _option(Optional[str], "--skip", "Names of methods to leave out, with commas.", HOW)
 OwnOpt = _option(bool, "--own/--no-own", "Measure each method at its own choice of layers, too?", HOW)
 OneCutOpt = _option(Optional[str], "--cut", "The common cut, layers A to B-1, written A:B, instead of the one that cosine chooses.", WHAT)
-TasksOpt = _option(Optional[str], "--tasks", "Tasks of lm-eval, with commas, for the retained performance; 'offline' comes with the package.", TEXT)
+RivalTasksOpt = _option(Optional[str], "--tasks", "Tasks of lm-eval, with commas, for the retained performance; 'offline' comes with the package.", TEXT)
 AutoOpt = _option(str, "--distill", "Train each patch, too: online, offline, no; auto: a short training on the calibration windows for a model "
     "of 50 million parameters at most.", TRAIN)
 LayerLrOpt = _option(Optional[float], "--layer-lr", "Learning rate of the one trained layer (streamline). Without it: 0.8 / C, at most 0.003.", TRAIN)
@@ -167,7 +168,7 @@ TableOpt = _option(Path, "--out", "Folder to write: compare.md, compare.json and
 @app.command("compare", epilog="Example: linearpatch compare playground --remove 6 --calibration passages --eval passages --seq-len 128 --out rivals")
 def compare_rivals(
     model:ModelArg, out:TableOpt, remove:RemoveOpt=None, cut:OneCutOpt=None, only:RivalsOpt=None, skip:SkipOpt=None, own:OwnOpt=True,
-    calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"], tasks:TasksOpt=None,
+    calibration:CalibrationOpt="wikitext2", samples:SamplesOpt=128, seq_len:SeqLenOpt=2048, eval:EvalOpt=["wikitext2"], tasks:RivalTasksOpt=None,
     bos:BosOpt=True, distill:AutoOpt="auto", distill_samples:DistillSamplesOpt=5000, distill_batch_size:DistillBatchOpt=1, top_k:TopKOpt=100, lr:LrOpt=1e-4,
     epochs:EpochsOpt=1, learn:LearnOpt="full", accumulate:AccumulateOpt=1, layer_lr:LayerLrOpt=None, layer_epochs:LayerEpochsOpt=6,
     batch_size:BatchOpt=1, dtype:DtypeOpt="auto", device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
@@ -268,6 +269,7 @@ def reproduce_row(
 # %% ../nbs/16_cli.ipynb #34bca810
 PlainOpt = _option(Path, "--out", "Folder to write: a plain model, as save_pretrained writes it. It must not exist yet, or be empty.", WHAT)
 FoldSamplesOpt = _option(int, "--samples", "Calibration windows, where the fold is not exact.", TEXT)
+FoldLenOpt = _option(Optional[int], "--seq-len", "Tokens in a window. Without it: 2048, or as many as the model can read.", TEXT)
 ToleranceOpt = _option(float, "--tolerance", "Refuse a fold that moves the predictions by more than this: KL divergence, nats a token.", HOW)
 ForceOpt = _option(bool, "--force", "Fold all the same.", HOW)
 RefineOpt = _option(int, "--refine", "Steps of fitting, for a smaller error where the fold is not exact. Small models: 150.", HOW)
@@ -276,7 +278,7 @@ RefineOpt = _option(int, "--refine", "Steps of fitting, for a smaller error wher
 @app.command("fold", epilog="Example: linearpatch fold model-9 --calibration notes.txt --out plain-9")
 def fold_saved(
     folder:FolderArg, out:PlainOpt, tolerance:ToleranceOpt=0.01, force:ForceOpt=False, refine:RefineOpt=0, calibration:CalibrationOpt="wikitext2",
-    samples:FoldSamplesOpt=32, seq_len:SeqLenOpt=2048, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto",
+    samples:FoldSamplesOpt=32, seq_len:FoldLenOpt=None, bos:BosOpt=True, batch_size:BatchOpt=1, dtype:DtypeOpt="auto",
     device_map:DeviceOpt=None, seed:SeedOpt=0, trust_remote_code:TrustOpt=False, # each is told by the help
 ):
     """Multiply the patch of a saved student into the weights around it: a plain model that loads anywhere.

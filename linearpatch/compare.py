@@ -498,9 +498,12 @@ def _verdict(self):
     plainly, trained = ([r for r in self.results if r.distilled == d and finite(r)] for d in (False, True))
     at = lambda rows: [r for r in rows if r.where == "common"]
     out = _sentences(self, at(plainly), corpus, "At the common cut, before distillation" if trained else "At the common cut")
-    if trained: out += _sentences(self, at(trained), corpus, "Distilled at the common cut")
-    own = [r for r in plainly if r.where == "own"]
-    if own: out.append(f"Among those that would choose other layers the best is {own[0].title}, {number(own[0].perplexity[corpus])} at {own[0].layers.removeprefix('own ')}.")
+    common = {tuple(map(tuple, r.cuts)) for r in self.results if r.where == "common"}
+    def elsewhere(rows, what):
+        own = [r for r in rows if r.where == "own" and tuple(map(tuple, r.cuts)) not in common]
+        return [f"{what} at other layers the best is {own[0].title}, {number(own[0].perplexity[corpus])} at {own[0].layers.removeprefix('own ')}."] if own else []
+    out += elsewhere(plainly, "Before distillation," if trained else "Among those")
+    if trained: out += _sentences(self, at(trained), corpus, "Distilled at the common cut") + elsewhere(trained, "Distilled,")
     return " ".join(out)
 
 def _markdown(self, costs=False):

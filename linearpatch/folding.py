@@ -360,12 +360,15 @@ class Folding:
     untied:bool       # the head has its own matrix now
     constants:dict = field(default_factory=dict) # {norm: its constant k}
     spread:dict = field(default_factory=dict)    # {norm: std of r over tokens / mean}
+    text:bool = True  # measured on windows of text; False: on random tokens, whose perplexity says nothing
+    dtype:str = "float32" # of the student
 
     def __repr__(self):
         spread = f", spread of the sizes up to {max(self.spread.values()):.1%}" if self.spread else ""
-        change = self.perplexity[1] / self.perplexity[0] - 1
-        return (f"Folding {'exact' if self.exact else 'approximate'}, home {self.home:g}: KL {self.kl:.1e} nats a token, "
-                f"perplexity {change:+.2%}{spread}{', head untied' if self.untied else ''}")
+        change = f"perplexity {self.perplexity[1] / self.perplexity[0] - 1:+.2%}" if self.text else f"largest difference of a logit {self.largest:.1e} on random tokens"
+        rounding = "" if self.dtype == "float32" else f" up to the rounding of {self.dtype} (load it in float32 for less)"
+        return (f"Folding {'exact' + rounding if self.exact else 'approximate'}, home {self.home:g}: KL {self.kl:.1e} nats a token, "
+                f"{change}{spread}{', head untied' if self.untied else ''}")
 
 # %% ../nbs/08_folding.ipynb #051a4b71
 def _first_difference(student, folded, basis, ids, mask, allowed):
@@ -548,7 +551,9 @@ def fold(
     finally: student.train(was)
     if not (report.kl <= tolerance or force):
         raise ValueError(f"the fold would change the student: KL {report.kl:.2g} nats a token, above the tolerance of {tolerance:g} ({report}); "
-                         "fold another family, keep the student unfolded, or fold it all the same with force=True (--force)")
+                         "fit the bases (refine=150; linearpatch fold DIR --refine 150), fold another family, keep the student unfolded, "
+                         "or fold it all the same with force=True (linearpatch fold DIR --force)")
+    report.text, report.dtype = windows is not None, str(student.dtype).removeprefix("torch.")
     folded = _own(folded, student, inplace, share).train(was)
     record = getattr(folded.config, "linearpatch", None) or {}
     did = [p | {"exact": report.exact, "home": report.home, "kl": report.kl} for p in record.get("patches", [])]

@@ -574,7 +574,9 @@ def student_folder(
     if (path / "model" / "config.json").is_file(): path = path / "model"
     path, config = read_student(path, trust_remote_code)
     if not config.linearpatch.get("patches"):
-        raise ValueError(f"{folder} holds no patched student: linearpatch run MODEL --remove N --out DIR makes one")
+        folded = ", ".join(sorted({str(p.get("family")) for p in config.linearpatch.get("folded", [])}))
+        raise ValueError(f"{folder} holds no patched student" + (f": its patch ({folded}) is in the weights already, it is a plain model" if folded else
+                         ": linearpatch run MODEL --remove N --out DIR makes one"))
     return path, config
 
 # %% ../nbs/13_pipeline.ipynb #9fda9d0c
@@ -763,7 +765,7 @@ def fold_job(
     out,                    # folder to write: a plain model, its tokenizer beside it
     calibration="wikitext2", # text to fold with, where the fold is not exact
     samples=32,             # windows of it
-    seq_len=2048,           # tokens in a window
+    seq_len=None,           # tokens in a window; None: 2048, or as many as the model can read
     tolerance=0.01,         # refuse a fold whose KL from the patched student is above this, nats a token
     force=False,            # ... unless forced
     refine=0,               # steps of fitting the bases, see `fold`
@@ -773,7 +775,9 @@ def fold_job(
     from linearpatch.calibration import load_windows
     from linearpatch.folding import fold
     from linearpatch.checkpoint import load_student, save_student, student_tokenizer
+    from linearpatch.models import text_config
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
+    seq_len = seq_len or min(2048, getattr(text_config(config), "max_position_embeddings", None) or 2048)
     job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
     check_words(job)
     check_lengths(job, config)

@@ -398,7 +398,7 @@ def job_settings(
     if samples is not None:
         if recipe.row == "dense": raise ValueError(f"{recipe.name} calibrates nothing: leave --samples out")
         job["samples"] = samples
-    if tasks and recipe.tasks: job |= _dry_tasks() if dry_run else dict(tasks=recipe.tasks)
+    if tasks and recipe.tasks: job |= _dry_tasks() if dry_run else dict(tasks=recipe.tasks, task_bos=False) # as lm-eval 0.4.4 did
     if not dry_run: return job
     if "distill" in job: job |= _dry_training
     return job | _dry_job | dict(eval=("passages",)) | ({} if samples is None else dict(samples=samples))
@@ -549,18 +549,19 @@ def _reproduction(recipe, rows, command, dry_run, tasks, device_map):
                         commit=source_commit(), hardware=describe_hardware(device_map))
 
 # %% ../nbs/15_reproduce.ipynb #r15c0069
-def _dense_tasks(model, tokenizer, settings):
+def _dense_tasks(model, tokenizer, settings, loaded):
     "Accuracies of an intact model, in the form of a report."
     from linearpatch.evaluation import compare_tasks, evaluate_tasks
-    scores = evaluate_tasks(model, tokenizer, list(settings["tasks"]), settings.get("task_limit"), batch_size=settings.get("task_batch_size", 16), cache=settings.get("task_cache"))
+    scores = evaluate_tasks(model, tokenizer, loaded, settings.get("task_limit"), batch_size=settings.get("task_batch_size", 16), bos=settings.get("task_bos"), cache=settings.get("task_cache"))
     return dict(tasks=compare_tasks(dict(dense=scores)))
 
 # %% ../nbs/15_reproduce.ipynb #r15c0070
 def _dense_report(model, tokenizer, settings, machine, progress):
     "The perplexities of an intact model, in the form of a report."
     from linearpatch.calibration import load_windows
-    from linearpatch.evaluation import perplexity
+    from linearpatch.evaluation import load_tasks, perplexity
     from linearpatch.models import load_model
+    loaded = load_tasks(list(settings["tasks"])) if settings.get("tasks") else None # before the weights: data may be out of reach
     if isinstance(model, str):
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=machine["trust_remote_code"])
@@ -569,7 +570,7 @@ def _dense_report(model, tokenizer, settings, machine, progress):
         corpus, _, split = source.partition(":")
         texts[source] = load_windows(corpus, tokenizer, split or "heldout", settings["seq_len"], samples=None, seed=machine["seed"], bos=settings["bos"])
     if isinstance(model, str): model, _ = load_model(model, machine["dtype"], machine["device_map"], machine["trust_remote_code"])
-    more = _dense_tasks(model, tokenizer, settings) if settings.get("tasks") else {}
+    more = _dense_tasks(model, tokenizer, settings, loaded) if loaded else {}
     return more | dict(perplexity={c: dict(dense=perplexity(model, w, machine["batch_size"], progress)) for c, w in texts.items()}, patches=[])
 
 # %% ../nbs/15_reproduce.ipynb #r15c0071

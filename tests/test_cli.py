@@ -3,6 +3,7 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch, transformers as tf
 from linearpatch.cli import main
+from linearpatch.fusion import FAMILIES
 from linearpatch.pipeline import _SOURCES, Job, command_line, make_texts, run_job
 from linearpatch.models import PLAYGROUND_REMOVE, PLAYGROUND_SEQ_LEN, load_playground, n_layers, playground_path
 from linearpatch.report import Report, rows
@@ -53,7 +54,7 @@ def test_demo_record(demo):
     assert r["model"]["name"] == "playground" and sum(b - a for a, b in r["cuts"]) == PLAYGROUND_REMOVE
     p, families = r["perplexity"]["passages"], r["families"]["passages"]
     assert p["dense"] < p["pruned"] == families["none"] and p["patched"] == families["hadamard"]
-    assert set(families) == {"none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq", "distilled"} == set(r["kl"]["passages"])
+    assert set(families) == {*FAMILIES, "distilled"} == set(r["kl"]["passages"])
     assert p["distilled"] == families["distilled"] < .95 * p["patched"] and r["distillation"]["mode"] == "online"
     assert set(r["figures"]) == {"magnitude", "massive", "ratios", "scores", "perplexity"}
     assert len(r["figures"]["magnitude"]["raw"]["by_channel"]) == r["model"]["layers"] + 1

@@ -425,3 +425,12 @@ def test_two_folders_of_one_name(capsys, tmp_path, student_folder):
 def test_the_demo_takes_tasks():
     from linearpatch.cli import demo_settings
     assert demo_settings(tasks=("offline",))["tasks"] == ("offline",) and demo_settings()["tasks"] == ()
+
+
+def test_the_demo_takes_tasks_from_its_command_line(monkeypatch):
+    import linearpatch.cli as cli
+    asked = {}
+    monkeypatch.setattr(cli, "run_job", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(cli, "tell", lambda *a, **k: None)
+    with pytest.raises(SystemExit) as e: cli.main(["demo", "--tasks", "offline", "--out", "never"])
+    assert e.value.code == 0 and asked["tasks"] == ("offline",) and "--tasks offline" in asked["command"]
