@@ -776,6 +776,7 @@ def fold_job(
     from linearpatch.folding import fold
     from linearpatch.checkpoint import load_student, save_student, student_tokenizer
     from linearpatch.models import text_config
+    from linearpatch.report import Report
     path, config = student_folder(folder, settings.get("trust_remote_code", False))
     seq_len = seq_len or min(2048, getattr(text_config(config), "max_position_embeddings", None) or 2048)
     job = Job(folder, out=out, cuts=("0:1",), eval=(), calibration=calibration, samples=samples, seq_len=seq_len, **settings)
@@ -788,7 +789,8 @@ def fold_job(
     with _stage(job, f"loading {path}"), _no_bar(): student = load_student(path, job.dtype, job.device_map, job.trust_remote_code)
     with _stage(job, "folding the patch into the weights"):
         folded = fold(student, text, tolerance, force, share=True, refine=refine, batch_size=job.batch_size)
-    with _stage(job, "writing"), _no_bar(): save_student(folded, out, tokenizer)
+    run = path.parent if (path.parent / "report.json").is_file() else None # its numbers go onto the card
+    with _stage(job, "writing"), _no_bar(): save_student(folded, out, tokenizer, card=Report.load(run) if run else None)
     return folded.folding
 
 # %% ../nbs/13_pipeline.ipynb #e609e570
