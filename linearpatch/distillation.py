@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHE_DTYPES', 'MANIFEST', 'FORMAT', 'LEARN', 'STATE', 'top_k_probs', 'top_k_kl', 'index_dtype', 'bytes_per_token',
            'atomic_file', 'TopKCache', 'find_cache', 'check_room', 'cache_teacher', 'Offline', 'Online', 'Full',
-           'Diagonal', 'LowRank', 'Rotation', 'only_patches_learn', 'Training', 'DistillationError', 'Distilled',
+           'Diagonal', 'LowRank', 'Turn', 'only_patches_learn', 'Training', 'DistillationError', 'Distilled',
            'plot_history', 'distill']
 
 # %% ../nbs/10_distillation.ipynb #3718d935
@@ -344,7 +344,7 @@ class LowRank(nn.Module):
         return weight + self.A @ self.B
 
 # %% ../nbs/10_distillation.ipynb #29d25826
-class Rotation(nn.Module):
+class Turn(nn.Module):
     "exp(s) P0 exp(A - A^T): a scaled rotation stays one."
     def __init__(self, weight, rank, generator):
         super().__init__()
@@ -355,7 +355,7 @@ class Rotation(nn.Module):
         if not torch.is_grad_enabled() and weight.device.type != "mps": A, s, start = A.double(), s.double(), start.double()
         return (s.exp() * torch.linalg.matrix_exp(A - A.T) @ start).to(weight)
 
-LEARN = {"full": Full, "diagonal": Diagonal, "low-rank": LowRank, "rotation": Rotation}
+LEARN = {"full": Full, "diagonal": Diagonal, "low-rank": LowRank, "rotation": Turn}
 
 # %% ../nbs/10_distillation.ipynb #7f0bcb7d
 @contextmanager
