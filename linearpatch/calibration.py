@@ -7,7 +7,7 @@ __all__ = ['CORPORA', 'Windows', 'Corpus', 'load_text', 'check_seq_len', 'bos_to
            'sample_windows']
 
 # %% ../nbs/01_calibration.ipynb #8a1187b6
-import json
+import inspect, json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -279,14 +279,19 @@ def _draw(logits, uniform, temperature, banned):
     return torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[1] - 1)
 
 # %% ../nbs/01_calibration.ipynb #eac051d4
+def _cache_name(model):
+    "The argument that takes the cache of keys and values: `cache` from transformers 5.24 on, `past_key_values` before; None without one."
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), None)
+
 def _write(model, bos, uniform, temperature, banned, bar):
     "One batch: a token id for each uniform number (B, T-1, 1), after BOS, with the model's cache of keys and values."
     ids = step = torch.full((len(uniform), 1), bos, device=input_device(model))
-    cache = None
+    name, cache = _cache_name(model), None
     for t in range(uniform.shape[1]):
-        result = model(input_ids=step, past_key_values=cache, use_cache=True)
+        result = model(input_ids=step, use_cache=True, **({} if cache is None else {name: cache}))
         token = _draw(result.logits[:, -1], uniform[:, t], temperature, banned).to(ids.device)
-        ids, cache = torch.cat([ids, token], 1), getattr(result, "past_key_values", None)
+        ids, cache = torch.cat([ids, token], 1), getattr(result, name, None) if name else None
         step = ids if cache is None else token
         bar.update(len(uniform))
     return ids.cpu()

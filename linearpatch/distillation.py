@@ -11,7 +11,7 @@ __all__ = ['CACHE_DTYPES', 'MANIFEST', 'FORMAT', 'LEARN', 'STATE', 'top_k_probs'
 # %% ../nbs/10_distillation.ipynb #3718d935
 import copy, hashlib, json, math, os, shutil, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 import torch
@@ -404,9 +404,10 @@ class Training:
 
     def __post_init__(self):
         least = dict(lr=0, epochs=1, batch_size=1, accumulate=1, weight_decay=0, min_lr=0, warmup=0, rank=1, heldout=1, evals=1, patience=1, clip=0)
+        kinds = {f.name: f.type for f in fields(self)}
         for name, bound in least.items():
             value = getattr(self, name)
-            whole = self.__annotations__[name] is not int or isinstance(value, int)
+            whole = kinds[name] is not int or isinstance(value, int)
             if value is not None and not (whole and math.isfinite(value) and value >= bound and (value or name not in ("lr", "clip"))):
                 raise ValueError(f"{name} is {value}: give {'more than 0' if name in ('lr', 'clip') else f'at least {bound}'}{'' if whole else ', a whole number'}")
         if self.learn not in LEARN: raise ValueError(f"learn is {self.learn!r}: choose one of {', '.join(LEARN)}")

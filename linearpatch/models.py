@@ -311,9 +311,11 @@ _index = re.compile(r"^_?(layer|block)_?(idx|id|index|number|num)$")
 _remedy = ("a saved student would differ from the one in memory; "
            "choose another cut (a whole period of the pattern), or another model")
 
+_by_place = {"store_full_length_kv"} # set from the layer's place, and read only where layers share keys and values, which is refused
+
 def _compare(what, a, b, i, j):
-    "What changes from layer i (facts `a`) to place j (facts `b`): only indices may, anything else is a ValueError."
-    index = {k for k in a if _index.match(k[1]) and k in b and a[k] - i == b[k] - j}
+    "What changes from layer i (facts `a`) to place j (facts `b`): only indices and bookkeeping may, anything else is a ValueError."
+    index = {k for k in a if k in b and (k[1] in _by_place or (_index.match(k[1]) and a[k] - i == b[k] - j))}
     for k in a.keys() | b.keys():
         if k not in index and a.get(k) != b.get(k):
             raise ValueError(f"{what}: in layer {i}, {'.'.join(filter(None, k))} is {a.get(k)}, "

@@ -74,7 +74,7 @@ def test_extremes():
         assert stats.other_token_max[l] == pytest.approx(max(x[l][1:].abs().max().item() for x in X), rel=1e-6)
         top = [t for t in stats.massive if t.layer == l][0]
         assert top.value == pytest.approx(max(x[l].abs().max().item() for x in X), rel=1e-6)
-        assert any(x[l].shape[0] > top.position and abs(x[l][top.position, top.channel].abs().item() - top.value) < 1e-5 for x in X)
+        assert any(x[l].shape[0] > top.position and x[l][top.position, top.channel].abs().item() == pytest.approx(top.value, rel=1e-6) for x in X)
         assert len({t.token_id for t in stats.massive if t.layer == l}) == len([t for t in stats.massive if t.layer == l])
 
 

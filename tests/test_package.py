@@ -66,7 +66,7 @@ def test_users_need_no_development_tool(metadata):
     assert not imported & {t.lower() for t in tools} - {"build"}
     optional = {"lm_eval", "IPython"}
     unknown = {m for m in imported if m not in sys.stdlib_module_names} - {r.replace("-", "_") for r in runtime}
-    come_along = {"linearpatch", "huggingface_hub", "markupsafe"}  # the last two with transformers and jinja2
+    come_along = {"linearpatch", "markupsafe"}  # the last one with jinja2
     assert unknown <= optional | come_along, f"imported, but not required: {unknown}"
 
 

@@ -26,6 +26,9 @@ class NormHead(nn.Module):
     def forward(self, x): return F.linear(x, F.normalize(self.weight))
 
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # from transformers 5.24 on, before
+
+
 def rotate(x, position_ids):
     "Rotary positions, base 10000; x: (batch, heads, tokens, channels of a head)."
     half = x.shape[-1] // 2
@@ -86,10 +89,11 @@ class BaichuanStyleModel(BaichuanStylePreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-                output_hidden_states=None, **_):
+                output_hidden_states=None, cache=None, **_):
+        if cache is None: cache = past_key_values
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None: past_key_values = DynamicCache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None: cache = DynamicCache()
+        seen = cache.get_seq_length() if cache is not None else 0
         at = torch.arange(seen, seen + x.shape[1], device=x.device)
         if position_ids is None: position_ids = at[None]
         mask = torch.arange(seen + x.shape[1], device=x.device)[None] <= at[:, None]
@@ -98,10 +102,9 @@ class BaichuanStyleModel(BaichuanStylePreTrainedModel):
         states = []
         for place, layer in enumerate(self.layers):
             states.append(x)
-            x = layer(x, mask, position_ids, past_key_values, place)[0]
+            x = layer(x, mask, position_ids, cache, place)[0]
         x = self.norm(x)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values,
-                                       hidden_states=(*states, x) if output_hidden_states else None)
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*states, x) if output_hidden_states else None, **{CACHE: cache})
 
 
 class BaichuanStyleForCausalLM(BaichuanStylePreTrainedModel, GenerationMixin):
@@ -118,4 +121,4 @@ class BaichuanStyleForCausalLM(BaichuanStylePreTrainedModel, GenerationMixin):
         out = self.model(input_ids, use_cache=self.config.use_cache if use_cache is None else use_cache, **kwargs)
         logits = self.lm_head(out.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)})
