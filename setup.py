@@ -1,6 +1,7 @@
 "Build metadata: everything is read from settings.ini, which is the one place to edit."
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
@@ -10,6 +11,7 @@ cfg = parser["DEFAULT"]
 
 evaluation = cfg["eval_requirements"].split()
 serving = cfg["serve_requirements"].split()
+gguf = cfg["gguf_requirements"].split()
 development = cfg["dev_requirements"].split()
 status = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}[cfg["status"]]
 readme = here / "README.md"
@@ -35,9 +37,14 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"eval": evaluation, "serve": serving, "dev": evaluation + serving + development},
+    extras_require={
+        "eval": evaluation,
+        "gguf": gguf,
+        "serve": serving,
+        "dev": evaluation + gguf + serving + development,
+    },
     packages=find_packages(include=["linearpatch", "linearpatch.*"]),
-    package_data={"linearpatch": ["playground/*", "passages/**/*", "tasks/*", "recipes/*", "py.typed"]},
+    package_data={"linearpatch": ["playground/*", "passages/**/*", "tasks/*", "recipes/*", "templates/*", "shipped/*", "py.typed"]},
     include_package_data=False,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["linearpatch=linearpatch._modidx:d"]},
     zip_safe=False,

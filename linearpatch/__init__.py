@@ -7,46 +7,200 @@ __all__ = []
 
 # %% ../nbs/reference.ipynb #a89f7415
 import importlib
+from typing import TYPE_CHECKING, Any
 
 # %% ../nbs/reference.ipynb #72247c81
 __version__ = "0.1.0"
 
 # %% ../nbs/reference.ipynb #757e90e2
 _names = {
-    "models": (
-        "load_model load_playground playground_path Cut candidates runs check_cuts decoder_layers "
-        "n_layers hidden_size text_config input_device remove_layers fingerprint seed_everything "
-        "PLAYGROUND_REMOVE PLAYGROUND_SEQ_LEN"),
-    "calibration": "Windows load_windows load_text make_windows sample_windows",
-    "mismatch": "Stats collect",
-    "hadamard": "Rotation make_rotation fwht incoherence",
-    "scaling": "channel_scale",
-    "fusion": "Patch FAMILIES NEEDS_MOMENTS fit_patch fuse",
-    "selection": "Selection METRICS select",
-    "pruning": "prune patch_modules",
-    "folding": "fold Folding",
-    "checkpoint": "load save_student load_student save_patch load_patch student_patches push_to_hub output_folder",
-    "distillation": "distill Training Distilled DistillationError TopKCache cache_teacher",
-    "evaluation": (
-        "perplexity kl_divergence score_students evaluate evaluate_tasks load_tasks TaskScores retained Retained "
-        "compare_tasks"),
-    "report": "Report save_report",
-    "pipeline": "run_job distill_job fold_job evaluate_job",
-    "compare": "Comparison METHODS compare_job",
-    "reproduce": "Recipe recipes run_recipe",
-    "cli": "demo_settings",
+    "method.models": (
+        "load_model load_playground decoder_layers n_layers hidden_size "
+        "input_device remove_layers fingerprint seed_everything PLAYGROUND_REMOVE "
+        "PLAYGROUND_SEQ_LEN"
+    ),
+    "workshop.cuts": "Cut candidates runs check_cuts",
+    "workshop.places": "playground_path",
+    "workshop.architectures": "text_config",
+    "method.calibration": "Windows load_windows make_windows sample_windows",
+    "workshop.texts": "load_text",
+    "method.mismatch": "Stats collect",
+    "method.hadamard": "Rotation make_rotation fwht incoherence",
+    "method.scaling": "channel_scale",
+    "method.fusion": "Patch fuse",
+    "method.families": "FAMILIES NEEDS_MOMENTS fit_patch",
+    "method.selection": "Selection METRICS select",
+    "method.pruning": "prune patch_modules",
+    "method.folding": "fold Folding",
+    "workshop.patch_files": "save_patch load_patch student_patches",
+    "workshop.checkpoint": "load save_student load_student push_to_hub",
+    "workshop.files": "output_folder",
+    "method.distillation": "distill Training DistillationError",
+    "workshop.training_state": "Distilled",
+    "workshop.teacher_cache": "TopKCache cache_teacher",
+    "workshop.evaluation": "perplexity kl_divergence score_students evaluate",
+    "workshop.harness": "evaluate_tasks load_tasks TaskScores",
+    "workshop.retention": "retained Retained compare_tasks",
+    "workshop.report": "Report",
+    "workshop.page": "save_report",
+    "workshop.options": "RunConfig",
+    "workshop.pipeline": "run_pipeline",
+    "workshop.saved": "distill_saved_student fold_saved_student evaluate_saved_models",
+    "workshop.rivals": "METHODS",
+    "workshop.comparison": "Comparison",
+    "workshop.compare": "run_comparison",
+    "workshop.recipe": "Recipe recipes",
+    "workshop.reproduce": "run_recipe",
+    "workshop.cli": "demo_settings",
 }
 
+# %% ../nbs/reference.ipynb #24d641d7
+_plain = (  # rooms whose names only other rooms use
+    "workshop.anatomy",
+    "workshop.cards",
+    "workshop.records",
+    "workshop.student_code",
+    "workshop.forward",
+    "workshop.commands",
+    "workshop.inputs",
+    "workshop.measuring",
+    "workshop.request",
+    "workshop.telling",
+    "workshop.prefix",
+    "workshop.gguf",
+    "workshop.accumulators",
+    "workshop.rewriting",
+    "workshop.streaming",
+    "workshop.tables",
+    "workshop.schema",
+    "workshop.figures",
+    "workshop.treatments",
+    "workshop.students",
+    "workshop.estimates",
+    "workshop.readiness",
+    "workshop.published",
+)
+
+# %% ../nbs/reference.ipynb #593ad936
+if TYPE_CHECKING:
+    from linearpatch.method.calibration import (
+        Windows as Windows,
+        load_windows as load_windows,
+        make_windows as make_windows,
+        sample_windows as sample_windows,
+    )
+    from linearpatch.method.distillation import (
+        DistillationError as DistillationError,
+        Training as Training,
+        distill as distill,
+    )
+    from linearpatch.method.families import (
+        FAMILIES as FAMILIES,
+        NEEDS_MOMENTS as NEEDS_MOMENTS,
+        fit_patch as fit_patch,
+    )
+    from linearpatch.method.folding import Folding as Folding, fold as fold
+    from linearpatch.method.fusion import Patch as Patch, fuse as fuse
+    from linearpatch.method.hadamard import (
+        Rotation as Rotation,
+        fwht as fwht,
+        incoherence as incoherence,
+        make_rotation as make_rotation,
+    )
+    from linearpatch.method.mismatch import Stats as Stats, collect as collect
+    from linearpatch.method.models import (
+        PLAYGROUND_REMOVE as PLAYGROUND_REMOVE,
+        PLAYGROUND_SEQ_LEN as PLAYGROUND_SEQ_LEN,
+        decoder_layers as decoder_layers,
+        fingerprint as fingerprint,
+        hidden_size as hidden_size,
+        input_device as input_device,
+        load_model as load_model,
+        load_playground as load_playground,
+        n_layers as n_layers,
+        remove_layers as remove_layers,
+        seed_everything as seed_everything,
+    )
+    from linearpatch.method.pruning import patch_modules as patch_modules, prune as prune
+    from linearpatch.method.scaling import channel_scale as channel_scale
+    from linearpatch.method.selection import (
+        METRICS as METRICS,
+        Selection as Selection,
+        select as select,
+    )
+    from linearpatch.workshop.architectures import text_config as text_config
+    from linearpatch.workshop.checkpoint import (
+        load as load,
+        load_student as load_student,
+        push_to_hub as push_to_hub,
+        save_student as save_student,
+    )
+    from linearpatch.workshop.cli import demo_settings as demo_settings
+    from linearpatch.workshop.compare import run_comparison as run_comparison
+    from linearpatch.workshop.comparison import Comparison as Comparison
+    from linearpatch.workshop.cuts import (
+        Cut as Cut,
+        candidates as candidates,
+        check_cuts as check_cuts,
+        runs as runs,
+    )
+    from linearpatch.workshop.evaluation import (
+        evaluate as evaluate,
+        kl_divergence as kl_divergence,
+        perplexity as perplexity,
+        score_students as score_students,
+    )
+    from linearpatch.workshop.files import output_folder as output_folder
+    from linearpatch.workshop.harness import (
+        TaskScores as TaskScores,
+        evaluate_tasks as evaluate_tasks,
+        load_tasks as load_tasks,
+    )
+    from linearpatch.workshop.options import RunConfig as RunConfig
+    from linearpatch.workshop.page import save_report as save_report
+    from linearpatch.workshop.patch_files import (
+        load_patch as load_patch,
+        save_patch as save_patch,
+        student_patches as student_patches,
+    )
+    from linearpatch.workshop.pipeline import run_pipeline as run_pipeline
+    from linearpatch.workshop.places import playground_path as playground_path
+    from linearpatch.workshop.recipe import Recipe as Recipe, recipes as recipes
+    from linearpatch.workshop.report import Report as Report
+    from linearpatch.workshop.reproduce import run_recipe as run_recipe
+    from linearpatch.workshop.retention import (
+        Retained as Retained,
+        compare_tasks as compare_tasks,
+        retained as retained,
+    )
+    from linearpatch.workshop.rivals import METHODS as METHODS
+    from linearpatch.workshop.saved import (
+        distill_saved_student as distill_saved_student,
+        evaluate_saved_models as evaluate_saved_models,
+        fold_saved_student as fold_saved_student,
+    )
+    from linearpatch.workshop.teacher_cache import (
+        TopKCache as TopKCache,
+        cache_teacher as cache_teacher,
+    )
+    from linearpatch.workshop.texts import load_text as load_text
+    from linearpatch.workshop.training_state import Distilled as Distilled
+
 # %% ../nbs/reference.ipynb #50001c43
-_where = {name: module for module, names in _names.items() for name in names.split()}
+_where = {name: room for room, names in _names.items() for name in names.split()}
+_rooms = {room.rpartition(".")[2]: room for room in (*_names, *_plain)}
 __all__ = sorted(_where)
 
 # %% ../nbs/reference.ipynb #b2ac9433
-def __getattr__(name:str):
-    "Import what `name` stands for when it is first asked for; `AttributeError` when there is no such name."
-    if name in _names: return importlib.import_module(f"{__name__}.{name}")
-    if name not in _where: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    "Import what `name` stands for when it is first asked for; AttributeError where nothing does."
+    if name in _rooms:
+        return importlib.import_module(f"{__name__}.{_rooms[name]}")
+    if name not in _where:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_where[name]}"), name)
     return value
 
-def __dir__(): return sorted({*globals(), *_names, *_where})
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_rooms, *_where})
