@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny import CONFIGS, make, random_patch
 
+from linearpatch.method.calibration import Windows
 from linearpatch.method.models import decoder_layers
 from linearpatch.method.pruning import prune
 from linearpatch.workshop.cuts import Cut
+from linearpatch.workshop.evaluation import kl_divergence, perplexity, score_students
 from linearpatch.workshop.forward import run_model
 from linearpatch.workshop.prefix import handing_on, run_together, shared_prefix
 
@@ -85,3 +87,20 @@ def test_a_forward_that_accelerate_has_put_there_comes_back():
 def test_a_copy_shares_nothing():
     model = make("llama")
     assert shared_prefix(model, prune(model, [Cut(3, 5)])) == 0
+
+
+def test_scores_of_students_run_the_prefix_once():
+    "Perplexity and KL as measured one by one, and no shared layer runs in a student."
+    model = make("llama")
+    students = {"none": prune(model, [Cut(3, 5)], share=True), "copy": prune(model, [Cut(3, 5)])}
+    windows, calls = Windows(IDS, MASK), []
+    expected = {
+        name: (perplexity(student, windows), kl_divergence(model, student, windows))
+        for name, student in students.items()
+    }
+    for layer in decoder_layers(students["none"])[:3]:
+        layer.mlp.register_forward_hook(lambda m, args, out: calls.append(m))
+    dense, found = score_students(model, students, windows)
+    assert dense == pytest.approx(perplexity(model, windows), rel=1e-6) and not calls
+    for name, pair in found.items():
+        assert pair == pytest.approx(expected[name], rel=1e-5)

@@ -26,6 +26,7 @@ from linearpatch.workshop.forward import (
     token_slices,
     windows_at_once,
 )
+from .prefix import run_together
 from .tables import aligned, markdown
 
 # %% ../../nbs/workshop/evaluation.ipynb #31f3b2cc
@@ -175,7 +176,8 @@ def score_students(
     progress: bool = False,  # show a progress bar
     kl_windows: int | None = None,  # measure KL on so many windows, the first ones; None: all
 ) -> tuple[float, dict[str, tuple[float, float]]]:
-    """The teacher's perplexity, and {name: (perplexity, KL in nats a token)}; one pass of each.
+    """The teacher's perplexity, and {name: (perplexity, KL in nats a token)}; one pass of each,
+    in which layers that a student shares with the teacher do not run again.
 
     NaN for a student whose losses are not finite; ValueError where the teacher's are not, or a
     vocabulary differs."""
@@ -189,7 +191,8 @@ def score_students(
     with evaluating(models):
         for i in tqdm(range(0, len(windows), rows), "scores", disable=not progress):
             piece = windows[i : i + rows]
-            intact = run_model(teacher, piece.ids, piece.mask)
+            each = run_together(teacher, students, piece.ids, piece.mask)
+            intact = next(each)[1]
             own.add(intact, intact, piece, 0)
             if not own.totals[0].isfinite():
                 raise NotFiniteError(
@@ -197,8 +200,8 @@ def score_students(
                     f"{i} to {i + len(piece) - 1} of {windows.source or 'the windows'}: load it "
                     "with dtype='float32' or 'bfloat16'"
                 )
-            for name, student in students.items():
-                sums[name].add(run_model(student, piece.ids, piece.mask), intact, piece, few - i)
+            for name, logits in each:
+                sums[name].add(logits, intact, piece, few - i)
     _require_counted(bool(own.totals[1]))
     return own.means()[0], {name: total.means() for name, total in sums.items()}
 

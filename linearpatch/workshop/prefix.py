@@ -60,7 +60,7 @@ def _teacher_states(teacher, wanted, ids, mask):
 
     def visit(layer, hidden):
         if layer in wanted:
-            states[layer] = hidden
+            states[layer] = hidden.clone()  # a layer may add to its input in place
 
     def look(layer, args, out):
         entries.append(len(out) if isinstance(out, tuple) else 0)
@@ -93,6 +93,6 @@ def run_together(
         if not k:
             yield name, run_model(student, ids, mask)
             continue
-        with handing_on(student, k, states[k], extra):
+        with handing_on(student, k, states[k].clone(), extra):
             logits = run_model(student, ids, mask)
         yield name, logits
