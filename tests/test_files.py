@@ -46,7 +46,8 @@ def test_output_folder_refuses(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c(tmp_path):
     code = (
-        "import sys, time; from linearpatch.workshop.files import output_folder\n"
+        "import signal, sys, time; from linearpatch.workshop.files import output_folder\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "with output_folder(sys.argv[1]) as p: (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
