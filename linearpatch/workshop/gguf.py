@@ -7,6 +7,7 @@ __all__ = ['check_gguf', 'gguf_config', 'gguf_tokenizer', 'load_gguf']
 
 # %% ../../nbs/workshop/gguf.ipynb #b8daf9a8
 import copy
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -23,8 +24,6 @@ from transformers import (
 # %% ../../nbs/workshop/gguf.ipynb #0f436079
 def _reader(path):
     "The header of a GGUF file; ValueError where there is none, or the file is cut off."
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f'{path} is a GGUF file: pip install "linearpatch[gguf]" reads it')
     import gguf
 
     with open(path, "rb") as f:
@@ -36,14 +35,11 @@ def _reader(path):
         raise ValueError(f"{path} is damaged or cut off ({e}): download it again") from e
 
 
-def check_gguf(
-    path: str | Path,  # of a file
-) -> str:  # its architecture, as GGUF calls it
-    "ValueError, before any weight is read, for a GGUF file that cannot become a model."
+@functools.lru_cache(maxsize=8)
+def _architecture(path, size, changed):
+    "What `check_gguf` finds; the header is read once for config, tokenizer and weights."
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}: check the path")
     reader = _reader(path)
     field = reader.get_field("general.architecture")
     architecture = str(field.contents()) if field else "unknown"
@@ -56,6 +52,18 @@ def check_gguf(
     if reader.get_field("tokenizer.ggml.tokens") is None:
         raise ValueError(f"{path} has no tokenizer inside: take another file of this model")
     return architecture
+
+
+def check_gguf(
+    path: str | Path,  # of a file
+) -> str:  # its architecture, as GGUF calls it
+    "ValueError, before any weight is read, for a GGUF file that cannot become a model."
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}: check the path")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f'{path} is a GGUF file: pip install "linearpatch[gguf]" reads it')
+    file = Path(path).stat()
+    return _architecture(str(path), file.st_size, file.st_mtime_ns)
 
 # %% ../../nbs/workshop/gguf.ipynb #f9090825
 def _without_claim(model):
