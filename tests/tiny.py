@@ -198,6 +198,9 @@ class FakePatch:
     matrix: torch.Tensor
     cut: object
     family: str = "hadamard"
+    mlp: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    first: tuple | None = None
 
 
 def random_patch(cut, hidden=32, seed=0):

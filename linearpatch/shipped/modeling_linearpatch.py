@@ -31,17 +31,41 @@ HINT = (
 NAMES = {"input": "linear_patch", "output": "linear_patch_out"}
 
 
+# how near to the state of the first token another has to be to count as that, by its length
+FIRST = 0.05
+
+
+class FirstToken(nn.Module):
+    """The first token of a window, a constant under causal attention: two states, (C,) each.
+
+    It is known by its state, not by its place: right with any padding, batch, cache and chunk."""
+
+    def __init__(self, hidden, device=None, dtype=None):
+        super().__init__()
+        for name in ("before", "after"):
+            empty = torch.empty(hidden, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def forward(self, h, out):
+        "`out`, with the state `after` wherever h is the state `before`."
+        before = self.before.float()
+        distance = (h.float() - before).norm(dim=-1, keepdim=True)
+        return torch.where(distance <= FIRST * before.norm(), self.after.to(out.dtype), out)
+
+
 def times_matrix(
     patch: nn.Module,  # a patch: its `weight` is P transposed, (C, C)
     h: torch.Tensor,  # hidden states, (..., C)
-) -> torch.Tensor:  # h @ P, in the dtype of h
+) -> torch.Tensor:  # h @ P, in the dtype of h; the constant where h is the first token's state
     "Multiply in the patch's own precision, autocast or not, and on the patch's device."
     with torch.autocast(h.device.type, enabled=False):
         weight, dtype = patch.weight, h.dtype  # a patch in training computes it
     if weight.device.type != "meta" and weight.device != h.device:
         h = h.to(weight.device)
     with torch.autocast(h.device.type, enabled=False):
-        return patch(h.to(weight.dtype)).to(dtype)
+        out = patch(h.to(weight.dtype)).to(dtype)
+        first = getattr(patch, "first_token", None)
+        return out if first is None else first(h, out)
 
 
 def patch_input(
@@ -72,11 +96,17 @@ def add_patch(
     side: str,  # "input" or "output"
     hidden: int,  # C
     weight: torch.Tensor | None = None,  # P transposed, (C, C); None: empty, to be loaded
+    first: tuple[torch.Tensor, torch.Tensor] | bool = False,  # see FirstToken; True: to be loaded
 ) -> None:
     "Register a patch on one side of a layer, with the hook that applies it."
     patch = nn.Linear(hidden, hidden, bias=False, device=None if weight is None else "meta")
     if weight is not None:
         patch.weight = nn.Parameter(weight)
+    if first:
+        patch.first_token = FirstToken(hidden)
+    if weight is not None and first:
+        for state, numbers in zip(patch.first_token.parameters(), first):
+            state.data = numbers.to(weight.device, weight.dtype, copy=True)
     layer.add_module(NAMES[side], patch)
     if side == "input":
         layer.register_forward_pre_hook(patch_input, with_kwargs=True)
@@ -236,7 +266,8 @@ def class_to_load(base, record):
             super().__init__(config, *args, **kwargs)
             layers = self.get_submodule(model["layers"])
             for p in patches:
-                add_patch(layers[p["layer"]], p["side"], model["hidden_size"])
+                layer, first = layers[p["layer"]], p.get("first", False)
+                add_patch(layer, p["side"], model["hidden_size"], first=first)
             self._keep_in_fp32_modules_strict = keep | set(self._keep_in_fp32_modules_strict or ())
 
     for name in ("__name__", "__qualname__", "__module__"):

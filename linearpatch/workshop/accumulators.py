@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'RATIO_BINS', 'RunningSums', 'rows_at_once', 'WindowState', 'measure_window', 'cosines', 'channel_cosine',
-           'token_ratios', 'sum_ratio', 'compare_window', 'Moments', 'add_moments', 'HalvedMoments']
+           'token_ratios', 'sum_ratio', 'compare_window', 'FirstTokens', 'Moments', 'first_moments', 'add_moments',
+           'add_first', 'HalvedMoments']
 
 # %% ../../nbs/workshop/accumulators.ipynb #30fb3270
 import math
@@ -69,6 +70,7 @@ class WindowState:
     abs_sum_rot: Tensor  # (C,), sum of |X H|
     largest: Tensor  # (tokens,), largest |x| of each token
     mlp: Tensor | None = None  # (tokens, C), the MLP's part of x
+    down: Tensor | None = None  # (tokens, F), what the last matrix of that MLP reads
 
     def to(self, device: torch.device) -> "WindowState":
         "The same on another device, for a model that is spread over several."
@@ -180,6 +182,34 @@ def compare_window(
             sums.add("sigma" + suffix, sigma)
             sums.add("hist" + suffix, counts)
 
+# %% ../../nbs/workshop/accumulators.ipynb #94b64c7b
+@dataclass
+class FirstTokens:
+    "Sums over the first tokens of all windows at one cut."
+
+    count: float  # windows
+    x: Tensor  # (C,), sum of X^(s)
+    y: Tensor  # (C,), sum of X^(s+n)
+    square: float  # sum of |x|^2
+    nearest: float  # least |x_t - x_0| / |x_0| of any later token t of the same window
+    m: Tensor | None = None  # (C,), sum of the MLP's part of x
+    z: Tensor | None = None  # (F,), sum of what that MLP's last matrix reads
+
+    @property
+    def spread(self) -> float:
+        "Root mean square distance of the first tokens' states from their mean, by its length."
+        mean = self.x / self.count
+        variance = self.square / self.count - mean.square().sum().item()
+        return max(variance, 0.0) ** 0.5 / max(mean.norm().item(), 1e-30)
+
+    def combine(self, other: "FirstTokens", sign: int) -> "FirstTokens":
+        "Sums of both, or what is left when the other windows are taken away."
+        sums: dict[str, Any] = {"nearest": min(self.nearest, other.nearest)}
+        for name in ("count", "x", "y", "square", "m", "z"):
+            a, b = getattr(self, name), getattr(other, name)
+            sums[name] = None if a is None or b is None else a + sign * b
+        return FirstTokens(**sums)
+
 # %% ../../nbs/workshop/accumulators.ipynb #dc80884f
 @dataclass
 class Moments:
@@ -195,7 +225,15 @@ class Moments:
     mm: Tensor | None = None
     xm: Tensor | None = None
     my: Tensor | None = None
+    # sums of w z^T z, (F, F), w x^T z, (C, F), and w z^T y, (F, C); None where not asked for, or
+    # where the MLP does not end in one matrix
+    zz: Tensor | None = None
+    xz: Tensor | None = None
+    zy: Tensor | None = None
     yy: float = 0.0  # sum of w |y|^2
+    tokens: float = 0.0  # with a state that is not zero
+    log_growth: float = 0.0  # sum over them of log(|y| / |x|)
+    first: FirstTokens | None = None  # what of all this is the first tokens'
     half: "Moments | None" = None  # every second window only, for cross-validation
 
     @classmethod
@@ -209,13 +247,34 @@ class Moments:
     def has_mlp(self) -> bool:
         return self.mm is not None
 
+    @property
+    def has_down(self) -> bool:
+        return self.zz is not None
+
+    @property
+    def growth(self) -> float:
+        "Geometric mean over tokens of |y| / |x|: how a typical token grows across the cut."
+        return math.exp(self.log_growth / max(self.tokens, 1.0))
+
     def _combine(self, other: "Moments", sign: int) -> "Moments":
         sums: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             a, b = getattr(self, name), getattr(other, name)
-            missing = a is None or b is None
-            sums[name] = None if missing else a + b if sign > 0 else a - b
+            if a is None or b is None:
+                sums[name] = None
+            elif name == "first":
+                sums[name] = a.combine(b, sign)
+            else:
+                sums[name] = a + b if sign > 0 else a - b
         return Moments(**sums)
+
+    def without_first(self) -> "Moments":
+        "The sums without the first tokens, which are taken to have one and the same state."
+        if self.first is None:
+            return self
+        half = None if self.half is None else self.half.without_first()
+        rest = replace(self, half=None) - first_moments(self.first)
+        return replace(rest, half=half, first=self.first)  # the first tokens are still known
 
     def __add__(self, other: "Moments") -> "Moments":
         return self._combine(other, 1)
@@ -226,16 +285,52 @@ class Moments:
     def __repr__(self) -> str:
         return f"Moments of {len(self.xx)} channels{', with the MLP' * self.has_mlp}"
 
+# %% ../../nbs/workshop/accumulators.ipynb #2a942770
+def first_moments(
+    first: FirstTokens,  # of the windows
+) -> Moments:  # what `Moments` of all tokens hold of them
+    "Sums of products of the first tokens, all of them equal to their mean."
+    n = first.count
+    parts = {k: getattr(first, k) for k in ("x", "y", "m", "z")}
+    x, y, m, z = (None if v is None else v / max(n, 1.0) for v in parts.values())
+    norms = x.norm() * y.norm()
+    w = (n / norms).item() if norms > 0 else 0.0
+
+    def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else w * torch.outer(a, b)
+
+    return Moments(
+        xx=product(x, x),
+        xy=product(x, y),
+        weight=w,
+        xy_plain=n * torch.outer(x, y),
+        xx_trace=first.square,
+        mm=product(m, m),
+        xm=product(x, m),
+        my=product(m, y),
+        zz=product(z, z),
+        xz=product(x, z),
+        zy=product(z, y),
+        yy=w * y.square().sum().item(),
+        tokens=n if norms > 0 else 0.0,
+        log_growth=n * (y.norm() / x.norm()).log().item() if norms > 0 else 0.0,
+        first=first,
+    )
+
 # %% ../../nbs/workshop/accumulators.ipynb #0c68ae6d
 def add_moments(
     sums: RunningSums,  # of one cut; changed
     x: Tensor,  # (tokens, C) before the cut
     y: Tensor,  # (tokens, C) after it
     m: Tensor | None = None,  # (tokens, C), the MLP's part of x
+    z: Tensor | None = None,  # (tokens, F), what that MLP's last matrix reads
 ) -> None:
     "Add one window's sums of products; where a product of norms is zero the weight is zero."
-    norms = x.norm(dim=1) * y.norm(dim=1)
+    before, after = x.norm(dim=1), y.norm(dim=1)
+    norms = before * after
     w = torch.where(norms > 0, 1 / norms, 0.0)
+    sums.add("tokens", (norms > 0).sum())
+    sums.add("log_growth", torch.where(norms > 0, after / before, 1.0).log().sum())
     wx = x * w[:, None]
     sums.add("xx", wx.T @ x)
     sums.add("xy", wx.T @ y)
@@ -248,32 +343,73 @@ def add_moments(
         sums.add("mm", wm.T @ m)
         sums.add("xm", wx.T @ m)
         sums.add("my", wm.T @ y)
+    if z is not None:
+        wz = z * w[:, None]
+        sums.add("zz", wz.T @ z)
+        sums.add("xz", wx.T @ z)
+        sums.add("zy", wz.T @ y)
+
+# %% ../../nbs/workshop/accumulators.ipynb #89f38040
+def add_first(
+    sums: RunningSums,  # of the first tokens at one cut; changed
+    x: Tensor,  # (tokens, C) before the cut
+    y: Tensor,  # (tokens, C) after it
+    m: Tensor | None = None,  # (tokens, C), the MLP's part of x
+    z: Tensor | None = None,  # (tokens, F), what that MLP's last matrix reads
+) -> None:
+    "Add one window's first token, and how near another token comes to it."
+    sums.add("count", x.new_ones(()))
+    for name, states in (("x", x), ("y", y), ("m", m), ("z", z)):
+        if states is not None:
+            sums.add(name, states[0])
+    sums.add("square", x[0].double().square().sum())
+    if len(x) > 1:
+        distance = (x[1:] - x[0]).norm(dim=1).min() / x[0].norm().clamp_min(1e-30)
+        sums.maximum("nearest", -distance)  # the least distance is the largest of its negatives
 
 # %% ../../nbs/workshop/accumulators.ipynb #a232a810
 class HalvedMoments:
     "The running second moments of one cut, even and odd windows apart."
 
-    def __init__(self, hidden: int, mlp: bool):
-        self.hidden, self.mlp = hidden, mlp
+    def __init__(self, hidden: int, mlp: bool, down: int = 0):
+        self.hidden, self.mlp, self.down = hidden, mlp, down  # down: F, 0 to leave z out
         self.halves: list[RunningSums] = []
+        self.firsts: list[RunningSums] = []
 
     def add(self, window: int, before: WindowState, after: WindowState) -> None:
         "Add one window, by its number."
         if not self.halves:
             device = self.room_for_sums(after.x.device)
             self.halves = [RunningSums(device), RunningSums(device)]
-        m = before.mlp if self.mlp else None
-        add_moments(self.halves[window % 2], before.x, after.x, m)
+            self.firsts = [RunningSums(device), RunningSums(device)]
+        m, z = before.mlp if self.mlp else None, before.down if self.down else None
+        add_moments(self.halves[window % 2], before.x, after.x, m, z)
+        add_first(self.firsts[window % 2], before.x, after.x, m, z)
+
+    @property
+    def bytes(self) -> int:
+        "Memory of the matrices of both halves, in float64."
+        C, F = self.hidden, self.down
+        return 2 * 8 * ((6 if self.mlp else 3) * C * C + F * F + 2 * C * F)
 
     def room_for_sums(self, device: torch.device) -> torch.device | str | None:
         "None, to keep the matrices with the states; the CPU where they would crowd a GPU."
         if device.type != "cuda":
             return None
-        needed = 2 * (6 if self.mlp else 3) * self.hidden**2 * 8  # bytes of both halves
-        return None if needed < torch.cuda.mem_get_info(device)[0] / 4 else "cpu"
+        return None if self.bytes < torch.cuda.mem_get_info(device)[0] / 4 else "cpu"
 
     def result(self) -> Moments:
         "Moments of all windows, with those of the odd ones as `half`."
-        nothing = Moments.zeros(self.hidden, self.mlp)
-        even, odd = (replace(nothing, **half.read()) for half in self.halves or [RunningSums()] * 2)
+        if not self.halves:
+            nothing = Moments.zeros(self.hidden, self.mlp)
+            return replace(nothing, half=nothing)
+        even = self._half(0)
+        odd = self._half(1) if self.halves[1].values else even - even
         return replace(even + odd, half=odd)
+
+    def _half(self, i: int) -> Moments:
+        "Moments of the even or the odd windows."
+        first = self.firsts[i].read()
+        first["nearest"] = -first.get("nearest", -math.inf)
+        nothing = Moments.zeros(self.hidden, self.mlp)
+        return replace(nothing, **self.halves[i].read(), first=FirstTokens(**first))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..method.calibration import Windows
 from ..method.models import decoder_layers, input_device, n_layers, remove_layers
-from .architectures import mlp_module, text_config
+from .architectures import down_size, mlp_module, text_config
 from .cuts import Cut
 
 # %% ../../nbs/workshop/forward.ipynb #ef1e5cbd
@@ -157,22 +158,26 @@ def mlp_states(
     model: PreTrainedModel,  # a decoder-only language model
     layers: Iterable[int],  # those to watch; where the MLP is not linear, a layer is left out
     visit: Callable[[int, Tensor], None],  # called with l and what MLP l - 1 added to X^(l)
+    read: Callable[[int, Tensor], None] | None = None,  # called with what its last matrix reads
 ) -> Iterator[list[int]]:  # the layers that are watched
     "Each pass of `model` in the `with` block shows `visit` what MLPs add to the stream."
-    gains, seen = {}, {}
+    gains, seen, inputs = {}, {}, {}
     for i in layers:
         with suppress(ValueError):
             gains[i] = mlp_gain(model, i)
 
-    def keep(i):
-        return lambda module, args, output: seen.update({i: gains[i] * _first(output)})
+    def keep(i, module, args, output):
+        seen[i], inputs[i] = gains[i] * _first(output), args[0] if args else None
 
-    def show(i):
-        return lambda module, args, output: visit(i + 1, seen.pop(i).view_as(_first(output)))
+    def show(i, module, args, output):
+        hidden, z = _first(output), inputs.pop(i)
+        visit(i + 1, seen.pop(i).view_as(hidden))
+        if read and down_size(modules[i]):
+            read(i + 1, z.view(*hidden.shape[:-1], -1))
 
     modules = decoder_layers(model)
-    handles = [mlp_module(modules[i]).register_forward_hook(keep(i)) for i in gains]
-    handles += [modules[i].register_forward_hook(show(i)) for i in gains]
+    handles = [mlp_module(modules[i]).register_forward_hook(partial(keep, i)) for i in gains]
+    handles += [modules[i].register_forward_hook(partial(show, i)) for i in gains]
     try:
         yield list(gains)
     finally:
@@ -343,18 +348,21 @@ def _exp(x: float) -> float:
 def _interfaces(model, cuts, patches, ids, mask):
     """One run of the intact model.
 
-    {s: X^(s)} and {s: its MLP part}, as far as the cuts and patches need them, and the logits."""
+    {s: X^(s)}, {s: its MLP part} and {s: what that MLP's last matrix reads}, as far as the cuts
+    and patches need them, and the logits."""
     states: dict[int, Tensor] = {}
     parts: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     starts = {cut.start for cut in cuts}
-    watched = {cut.start - 1 for cut in cuts if getattr(patches[cut], "mlp", None) is not None}
+    watched = {c.start - 1 for c in cuts if patches[c] is not None and patches[c].rewrites_mlp}
 
     def keep(l, x):
         if l in starts:
             states[l] = x
 
-    with mlp_states(model, watched, parts.__setitem__), layer_states(model, keep):
-        return states, parts, run_model(model, ids, mask)
+    seen = mlp_states(model, watched, parts.__setitem__, inputs.__setitem__)
+    with seen, layer_states(model, keep):
+        return states, parts, inputs, run_model(model, ids, mask)
 
 # %% ../../nbs/workshop/forward.ipynb #364d3d32
 @torch.no_grad()
@@ -376,12 +384,12 @@ def score_cuts(
     alive, seen = list(patches), 0
     marks = [len(windows) * share for share in (1 / 8, 1 / 4, 1 / 2)] if race else []
     for ids, mask in batches(windows, batch_size, "score cuts", progress):
-        states, parts, intact = _interfaces(model, alive, patches, ids, mask)
+        states, parts, inputs, intact = _interfaces(model, alive, patches, ids, mask)
         scored = windows.scored[seen : seen + len(ids), 1:]
         for cut in alive:
             state, patch = states[cut.start], patches[cut]
             if patch is not None:
-                state = patch.apply(state, parts.get(cut.start))
+                state = patch.apply(state, parts.get(cut.start), inputs.get(cut.start))
             logits = suffixes[cut.stop](state, ids, mask)
             if objective == "kl":
                 values, real = token_kl(intact, logits, mask)

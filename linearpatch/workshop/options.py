@@ -62,13 +62,13 @@ METRIC_NAMES = (
 )
 FAMILY_NAMES = (
     *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq"),
-    *("mlp", "foldable", "joint"),
+    *("mlp", "foldable", "joint", "refit", "joint-refit"),
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # %% ../../nbs/workshop/options.ipynb #627ce652
 DEMO_PROMPTS = ("The road went down to the river, and",)
-KEEPS_TIE = ("none", "scalar", "mlp")
+KEEPS_TIE = ("none", "scalar", "mlp", "refit")
 
 # %% ../../nbs/workshop/options.ipynb #baa91171
 @dataclass(kw_only=True)

@@ -92,6 +92,7 @@ class PlacedPatch(Record):
     layer: int  # of the student
     side: str  # of the layer
     dtype: str
+    first: bool = False  # with the constant of the first token
 
     @model_validator(mode="after")
     def _has_a_place(self) -> "PlacedPatch":

@@ -296,8 +296,14 @@ def move_into(
 def check_rewritable(
     model: PreTrainedModel,  # to be rewritten
 ) -> None:
-    "ValueError for weights that are not in memory, or quantised."
+    "ValueError for weights that are not in memory, or quantised, and for what no weight can do."
     for path, p in model.named_parameters():
+        if ".first_token." in path:
+            raise ValueError(
+                "the constant of the first token cannot be multiplied into weights: keep the "
+                "student unfolded, or fold it without the constant, fold(drop_first(student)), "
+                "and measure what that costs"
+            )
         if p.device.type == "meta":
             raise ValueError(
                 f"{path} is not in memory (offloaded): "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.hadamard import Rotation
-from ..method.models import hidden_size, n_layers
+from ..method.models import decoder_layers, hidden_size, n_layers
 from linearpatch.workshop.accumulators import (
     HalvedMoments,
     Moments,
@@ -26,6 +26,7 @@ from linearpatch.workshop.accumulators import (
     cosines,
     measure_window,
 )
+from .architectures import down_size
 from .cuts import Cut
 
 # %% ../../nbs/workshop/streaming.ipynb #559f6476
@@ -159,6 +160,7 @@ class RunningBatch:
         self.places = [m.nonzero()[:, 0] for m in mask]  # of each window's real tokens
         self.held: dict[int, list[WindowState]] = {}  # by layer, one for each window
         self.mlp: dict[int, Tensor] = {}  # by layer, the MLP's part of X^(l)
+        self.down: dict[int, Tensor] = {}  # by layer, what the last matrix of that MLP reads
         self.records: list[tuple[int, int, Tensor]] = []  # (layer, window, `window_record`)
 
     def real_tokens(self, x: Tensor) -> list[Tensor]:
@@ -170,9 +172,10 @@ class RunningBatch:
 
     def hold(self, layer: int, states: list[WindowState]) -> dict[int, list[WindowState]]:
         "Keep the states of a layer, each with its MLP part if there is one; all that is held."
-        if layer in self.mlp:
-            for state, m in zip(states, self.real_tokens(self.mlp.pop(layer))):
-                state.mlp = m.float()
+        for name, shown in (("mlp", self.mlp), ("down", self.down)):
+            if layer in shown:
+                for state, part in zip(states, self.real_tokens(shown.pop(layer))):
+                    setattr(state, name, part.float())
         self.held[layer] = states
         self.records += [(layer, i, window_record(state)) for i, state in enumerate(states)]
         return self.held
@@ -196,6 +199,7 @@ class StreamingPass:
         moments: Collection[Cut] = (),  # of these cuts, second moments too
         mlp_layers: Collection[int] = (),  # layers whose MLP output is shown to `visit_mlp`
         ratios: Collection[Cut] | None = None,  # token-wise ratios; None: of all cuts
+        down: bool = False,  # `visit_down` is called for these layers, too
     ):
         self.n_layers, self.hidden = n_layers(model), hidden_size(model)
         self.cuts, self.rotation = list(cuts), rotation
@@ -203,7 +207,12 @@ class StreamingPass:
         self.rotated_layers = {l for c in self.ratios for l in (c.start, c.stop)}
         self.layers = [RunningSums() for _ in range(self.n_layers + 1)]
         self.pairs = {c: RunningSums() for c in self.cuts}
-        self.moments = {c: HalvedMoments(self.hidden, c.start - 1 in mlp_layers) for c in moments}
+        layers = decoder_layers(model)
+        sizes = {l: down_size(layers[l]) if down else 0 for l in mlp_layers}
+        self.moments = {
+            c: HalvedMoments(self.hidden, c.start - 1 in sizes, sizes.get(c.start - 1, 0))
+            for c in moments
+        }
         self.massive: list[list[Massive]] = [[] for _ in self.layers]
         self.last_use = last_uses(self.cuts, self.n_layers)
         self.n_windows = self.n_tokens = 0
@@ -215,6 +224,10 @@ class StreamingPass:
     def visit_mlp(self, layer: int, m: Tensor) -> None:
         "Take in the part of X^(layer), (B, T, C), that the MLP before it added."
         self.batch.mlp[layer] = m.detach()
+
+    def visit_down(self, layer: int, z: Tensor) -> None:
+        "Take in what the last matrix of the MLP before X^(layer) reads, (B, T, F)."
+        self.batch.down[layer] = z.detach()
 
     def visit(self, layer: int, x: Tensor) -> None:
         "Take in X^(layer) of the running batch, (B, T, C)."
