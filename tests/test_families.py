@@ -1,44 +1,53 @@
 "The families of patches against their defining properties."
 
+import json
+
 import pytest
 import torch
 from test_mismatch import states, windows
 from tiny import make
+from transformers import AutoModelForCausalLM
 
 import linearpatch.method.families as families
 from linearpatch.method.calibration import Windows
 from linearpatch.method.families import (
     FAMILIES,
+    NEEDS_DOWN,
     NEEDS_MOMENTS,
     REGISTRY,
     RIDGE,
     RIDGES,
+    SHARE,
     Evidence,
+    Fit,
     between,
     check_family,
     choose_ridge,
-    cross_error,
+    cross_errors,
     fit_from,
     fit_patch,
     foldable_least_squares,
-    joint_least_squares,
     least_squares,
-    mlp_least_squares,
+    normal_equations,
+    part_least_squares,
     patch_family,
-    prior_share,
     procrustes,
+    with_down,
     with_mlp,
 )
+from linearpatch.method.folding import fold
 from linearpatch.method.fusion import Patch, fuse
 from linearpatch.method.mismatch import collect
 from linearpatch.method.models import decoder_layers, n_layers
-from linearpatch.method.pruning import patch_modules, prune
+from linearpatch.method.pruning import drop_first, patch_modules, prune
 from linearpatch.method.scaling import channel_scale
 from linearpatch.workshop.accumulators import Moments
 from linearpatch.workshop.cuts import Cut
 from linearpatch.workshop.forward import layer_states, mlp_states
+from linearpatch.workshop.patch_files import load_patch, save_patch
 
 CUT = Cut(1, 4)
+WIDE = make("llama").config.intermediate_size
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def fitted():
     model, w = make("llama"), windows(8, 16)
     X = states(model, w)
     x, y = (torch.cat([a[l] for a in X]) for l in (CUT.start, CUT.stop))
-    return collect(model, w, n_remove=3, moments="all", batch_size=4), x, y
+    return collect(model, w, n_remove=3, moments="all", batch_size=4, down=True), x, y
 
 
 def test_simple_families(fitted):
@@ -86,17 +95,20 @@ def test_procrustes_is_the_best_scaled_rotation(fitted):
 
 def test_least_squares_has_a_zero_gradient(fitted):
     stats, x, y = fitted
-    weight, prior = 1 / (x.norm(dim=1) * y.norm(dim=1)), fit_patch(stats, CUT, "hadamard").matrix
+    weight = 1 / (x.norm(dim=1) * y.norm(dim=1))
+    growth = (y.norm(dim=1) / x.norm(dim=1)).log().mean().exp()
     W = fit_patch(stats, CUT, "lstsq", ridge=0.1).matrix.clone().requires_grad_()
     lam = 0.1 * ((x * weight[:, None]).T @ x).diagonal().mean()
-    objective = (weight[:, None] * (x @ W - y).square()).sum() + lam * (W - prior).square().sum()
+    prior, target = growth * torch.eye(32).double(), (1 - SHARE) * y + SHARE * growth * x
+    fit = (weight[:, None] * (x @ W - target).square()).sum()
+    objective = fit + lam * (W - prior).square().sum()
     objective.backward()
     assert W.grad.norm() < 1e-4 * objective.item()
 
 
-def test_ridge_goes_from_the_data_to_the_prior(fitted):
-    stats, x, y = fitted
-    prior = fit_patch(stats, CUT, "hadamard").matrix
+def test_ridge_goes_from_the_data_to_the_typical_scale(fitted):
+    stats = fitted[0]
+    prior = stats.moments[CUT].growth * torch.eye(32).double()
     distances = [
         (fit_patch(stats, CUT, "lstsq", ridge=r).matrix - prior).norm().item()
         for r in (0, 0.1, 10, 1e6)
@@ -114,13 +126,15 @@ def test_recovers_a_linear_map():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patches_apply_to_row_vectors(fitted, family):
     patch = fit_patch(fitted[0], CUT, family)
-    h, m = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    h, m, z = torch.randn(2, 3, 32), torch.randn(2, 3, 32), torch.randn(2, 3, WIDE)
     T = torch.eye(32).double() if patch.mlp is None else patch.mlp
-    expected = (h.double() - m.double() + m.double() @ T) @ patch.matrix
-    torch.testing.assert_close(patch.apply(h, m), expected.float(), rtol=1e-4, atol=1e-4)
+    D = torch.zeros(WIDE, 32).double() if patch.down is None else patch.down
+    expected = (h.double() - m.double() + m.double() @ T + z.double() @ D) @ patch.matrix
+    torch.testing.assert_close(patch.apply(h, m, z), expected.float(), rtol=1e-3, atol=1e-3)
     assert patch.cut == CUT and patch.family == family and family in repr(patch)
-    assert patch.distance == 0 if family in ("none", "mlp") else patch.distance > 0
+    assert patch.distance == 0 if family in ("none", "mlp", "refit") else patch.distance > 0
     assert (patch.mlp is not None) == (family in ("mlp", "foldable", "joint"))
+    assert (patch.down is not None) == (family in ("refit", "joint-refit"))
 
 
 def test_averaging_reaches_the_scale(fitted):
@@ -181,10 +195,10 @@ def test_joint_least_squares_agrees_with_lstsq_of_the_stacked_regressors():
         + torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     )
     moments, w = sums(x, m, y)
-    found = joint_least_squares(moments, torch.eye(16).double(), 0.0)
+    found = least_squares(*normal_equations(moments, "mlp"), torch.eye(16).double(), 0.0)
     root = w.sqrt()[:, None]
     expected = torch.linalg.lstsq(root * torch.cat([x, m], 1), root * y).solution
-    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_foldable_is_the_best_of_its_kind():
@@ -194,7 +208,7 @@ def test_foldable_is_the_best_of_its_kind():
     moments, w = sums(x, m, y)
 
     def cost(P):
-        e = x @ P + m @ mlp_least_squares(moments, P, 1e-9) - y
+        e = x @ P + m @ part_least_squares(moments, "mlp", P, 1e-9) - y
         return (w * e.square().sum(1)).sum().item()
 
     P, _ = foldable_least_squares(moments, 1e-9)
@@ -308,10 +322,12 @@ def test_the_teacher_keeps_its_mlp_when_weights_are_shared():
 def test_the_table():
     assert (
         *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq"),
-        *("mlp", "foldable", "joint"),
+        *("mlp", "foldable", "joint", "refit", "joint-refit"),
     ) == FAMILIES
-    assert {"procrustes", "lstsq", "mlp", "foldable", "joint"} == NEEDS_MOMENTS
-    assert RIDGE == {"lstsq": 0.1, "mlp": "cv", "foldable": "cv", "joint": "cv"}
+    fits = {"lstsq", "mlp", "foldable", "joint", "refit", "joint-refit"}
+    assert fits | {"procrustes"} == NEEDS_MOMENTS
+    assert dict.fromkeys(fits, "cv") == RIDGE
+    assert NEEDS_DOWN == {"refit", "joint-refit"}
 
 
 def test_a_family_is_added_in_one_place(monkeypatch, fitted):
@@ -319,7 +335,7 @@ def test_a_family_is_added_in_one_place(monkeypatch, fitted):
 
     @patch_family("half way", ridge=0.5)
     def fit_half_way(evidence, ridge):
-        return (1 - ridge) * evidence.identity + ridge * evidence.hadamard, None
+        return Fit((1 - ridge) * evidence.identity + ridge * evidence.hadamard)
 
     patch, whole = fit_patch(fitted[0], CUT, "half way"), fit_patch(fitted[0], CUT)
     torch.testing.assert_close(patch.matrix, (torch.eye(32).double() + whole.matrix) / 2)
@@ -327,72 +343,90 @@ def test_a_family_is_added_in_one_place(monkeypatch, fitted):
     assert patch.info["rotation"] is None and "half way" not in REGISTRY
 
 
-# -- the ridge, and how much of the prior
+# -- the ridge
 
 
 @torch.no_grad()
 def sides(model, w, cut):
-    "x, m, y of every window, (N, T, C)."
+    "x, m, z and y of every window, (N, T, ...)."
     seen = {}
     with (
-        mlp_states(model, [cut.start - 1], lambda l, m: seen.update(m=m)),
+        mlp_states(
+            model,
+            [cut.start - 1],
+            lambda l, m: seen.update(m=m),
+            lambda l, z: seen.update(z=z),
+        ),
         layer_states(model, lambda l, x: seen.update({l: x})),
     ):
         model(w.ids, use_cache=False)
-    return seen[cut.start].double(), seen["m"].double(), seen[cut.stop].double()
+    return [seen[k].double() for k in (cut.start, "m", "z", cut.stop)]
 
 
-@pytest.mark.parametrize("ridge", [0.003, 0.1])
-def test_cross_validation_judges_tokens_that_a_fit_has_not_seen(ridge):
+@pytest.mark.parametrize("part", ["", "mlp", "down"])
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_cross_validation_judges_tokens_that_a_fit_has_not_seen(ridge, part):
     "Against a loop over the halves, with every token in memory."
     model, w = make("llama"), windows(6, 16)
-    stats = collect(model, w, n_remove=3, moments="all")
-    evidence, (x, m, y) = Evidence(stats, CUT), sides(model, w, CUT)
-    prior, error = fit_patch(stats, CUT).matrix, 0.0
+    stats = collect(model, w, n_remove=3, moments="all", down=True)
+    x, m, z, y = sides(model, w, CUT)
+    u = torch.cat([x, {"": x[..., :0], "mlp": m, "down": z}[part]], -1)
+    weight = 1 / (x.norm(dim=-1) * y.norm(dim=-1))
+    growth = (y.norm(dim=-1) / x.norm(dim=-1)).log().mean().exp()
+    error = 0.0
     for seen in (slice(0, None, 2), slice(1, None, 2)):
         unseen = slice(1 - seen.start, None, 2)
-        P, B = joint_least_squares(
-            sums(*(a[seen].flatten(0, 1) for a in (x, m, y)))[0], prior, ridge
+        us, ys, ws = (a[seen].flatten(0, 1) for a in (u, y, weight))
+        gram = (us * ws[:, None]).T @ us
+        pull = torch.cat(
+            [b.mean().expand(len(b)) for b in gram.diagonal().split([32, len(gram) - 32])]
         )
-        xs, ms, ys = (a[unseen].flatten(0, 1) for a in (x, m, y))
-        weight = 1 / (xs.norm(dim=1) * ys.norm(dim=1))
-        error += (weight * (xs @ P + ms @ B - ys).square().sum(1)).sum().item()
-    assert cross_error(evidence, ridge) == pytest.approx(error, rel=1e-4)
-    xs, ys = x.flatten(0, 1), y.flatten(0, 1)
-    weight = 1 / (xs.norm(dim=1) * ys.norm(dim=1))
-    alone = (weight * (xs @ prior - ys).square().sum(1)).sum().item()
-    assert prior_share(evidence, ridge) == pytest.approx(error / (error + alone), rel=1e-4)
+        wanted = (us * ws[:, None]).T @ ys
+        wanted[:32] += ridge * pull[:32, None] * growth * torch.eye(32).double()
+        W = torch.linalg.solve(gram + ridge * pull.diag(), wanted)
+        ut, yt, wt = (a[unseen].flatten(0, 1) for a in (u, y, weight))
+        error += (wt * (ut @ W - yt).square().sum(1)).sum().item()
+    whole = (weight * y.square().sum(-1)).sum().item()
+    found = cross_errors(Evidence(stats, CUT), part)[ridge]
+    assert found == pytest.approx(error / whole, rel=1e-3)
 
 
 def test_the_strongest_ridge_that_is_as_good(fitted):
     evidence = Evidence(fitted[0], CUT)
-    ridge, error = choose_ridge(evidence)
-    errors = {r: cross_error(evidence, r) for r in RIDGES}
-    assert error == errors[ridge] <= 1.02 * min(errors.values())
-    assert all(errors[r] > 1.02 * min(errors.values()) for r in RIDGES if r > ridge)
+    ridge, error = choose_ridge(evidence, "mlp")
+    errors = cross_errors(evidence, "mlp")
+    assert error == errors[ridge] <= 1.01 * min(errors.values())
+    assert all(errors[r] > 1.01 * min(errors.values()) for r in RIDGES if r > ridge)
+
+
+def test_a_sketch_of_y_orders_the_ridges_as_all_of_it_does(monkeypatch, fitted):
+    whole = cross_errors(Evidence(fitted[0], CUT), "mlp")
+    monkeypatch.setattr(families, "SKETCH", 8)  # so that 32 channels are many
+    few = cross_errors(Evidence(fitted[0], CUT), "mlp")
+    assert few != whole
+    best = min(few, key=few.get)
+    assert whole[best] <= 1.05 * min(whole.values())
 
 
 def test_families_share_what_is_worked_out(monkeypatch, fitted):
-    "One cross-validation and one hadamard patch for all families of a cut, and the same patches."
+    "One cross-validation a part and one hadamard patch for all families of a cut."
     solved, fused = [], []
-    fit_state, fuse_ = families._fit_state, families.fuse
-    monkeypatch.setattr(families, "_fit_state", lambda *a: solved.append(a) or fit_state(*a))
+    fuse_, judge = families.fuse, families.heldout_error
+    monkeypatch.setattr(families, "heldout_error", lambda *a: solved.append(a) or judge(*a))
     monkeypatch.setattr(families, "fuse", lambda *a: fused.append(a) or fuse_(*a))
     evidence = Evidence(fitted[0], CUT)
     shared = {family: fit_from(evidence, family) for family in FAMILIES}
-    assert len(solved) == 2 * len(RIDGES) and len(fused) == 1
+    assert len(solved) == 3 * 2 * len(RIDGES) and len(fused) == 1
     for family, patch in shared.items():
         alone = fit_patch(fitted[0], CUT, family)
         assert torch.equal(alone.matrix, patch.matrix) and alone.info == patch.info
-        assert (alone.mlp is None) == (patch.mlp is None)
-        assert alone.mlp is None or torch.equal(alone.mlp, patch.mlp)
+        for one, other in ((alone.mlp, patch.mlp), (alone.down, patch.down)):
+            assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
 
 def test_one_window_has_nothing_to_validate_with():
     stats = collect(make("llama"), windows(1, 48), cuts=[CUT], moments=[CUT])
-    evidence = Evidence(stats, CUT)
-    assert choose_ridge(evidence) == (max(RIDGES), float("inf"))
-    assert prior_share(evidence, 0.1) == 1.0
+    assert choose_ridge(Evidence(stats, CUT), "mlp") == (max(RIDGES), float("inf"))
 
 
 def test_fits_follow_the_device_and_type_of_the_moments():
@@ -404,11 +438,164 @@ def test_fits_follow_the_device_and_type_of_the_moments():
             *(a.to(**where) if isinstance(a, torch.Tensor) else a for a in vars(moments).values())
         )
         prior = torch.eye(16).double()
-        nearer = between(there, prior, 0.3)
+        W = least_squares(*normal_equations(between(there), "mlp"), prior, 0.1)
         found = [
             least_squares(there.xx, there.xy, prior, 0.1),
-            mlp_least_squares(there, prior, 0.1),
-            *joint_least_squares(nearer, prior, 0.1),
-            *with_mlp(*joint_least_squares(nearer, prior, 0.1)),
+            part_least_squares(there, "mlp", prior, 0.1),
+            W,
+            with_mlp(W[:16], W[16:]).mlp,
+            with_down(W[:16], W[16:]).down,
         ]
         assert all((a.device, a.dtype) == (there.xx.device, there.xx.dtype) for a in found)
+
+
+# -- the last matrix of the MLP
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "falcon"])
+@pytest.mark.parametrize("family", ["refit", "joint-refit"])
+def test_the_student_computes_x_P_plus_z_B(name, family):
+    "What the student's layers see is what the patch promises, with nothing but new weights."
+    teacher, cut = make(name), Cut(2, 4)
+    w = Windows(torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0)))
+    stats = collect(teacher, w, cuts=[cut], moments=[cut], batch_size=3, down=True)
+    patch = fit_patch(stats, cut, family)
+    x, m, z, _ = sides(teacher, w, cut)
+    expected = (x + z @ patch.down) @ patch.matrix
+    student, got = prune(teacher, cut, patch), {}
+    with torch.no_grad(), layer_states(student, lambda l, h: got.update({l: h})):
+        student(w.ids, use_cache=False)
+    torch.testing.assert_close(got[2].double(), expected, rtol=1e-3, atol=1e-3)
+    assert len(patch_modules(student)) == (family != "refit")
+    assert student.config.linearpatch["folded"] == [{"cut": [2, 4], "family": family, "layer": 1}]
+    plain = type(teacher)(student.config)
+    if family == "refit":  # an ordinary model: its weights fit the class as it is
+        plain.load_state_dict(student.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(plain.eval()(w.ids).logits, student(w.ids).logits)
+
+
+def test_refit_finds_the_matrix_that_made_the_data():
+    teacher, cut = make("llama"), Cut(2, 4)
+    w = Windows(torch.randint(3, 64, (32, 24), generator=torch.Generator().manual_seed(0)))
+    stats = collect(teacher, w, cuts=[cut], moments=[cut], batch_size=8, down=True)
+    m = stats.moments[cut]
+    D = torch.randn(WIDE, 32, generator=torch.Generator().manual_seed(1)).double()
+    m.xy, m.zy = m.xx + m.xz @ D, m.xz.T + m.zz @ D  # y = x + z D
+    identity = torch.eye(32).double()
+    torch.testing.assert_close(
+        part_least_squares(m, "down", identity, 1e-12), D, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_where_no_single_matrix_ends_the_mlp_the_rest_is_fitted():
+    teacher, cut = make("qwen3-moe"), Cut(2, 4)
+    w = Windows(torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0)))
+    stats = collect(teacher, w, cuts=[cut], moments=[cut], down=True)
+    assert stats.moments[cut].has_mlp and not stats.moments[cut].has_down
+    for family, rest in (("refit", "mlp"), ("joint-refit", "joint")):
+        a, b = fit_patch(stats, cut, family), fit_patch(stats, cut, rest)
+        assert a.down is None and torch.equal(a.mlp, b.mlp) and torch.equal(a.matrix, b.matrix)
+
+
+def test_a_change_of_another_width_is_refused():
+    patch = Patch(torch.eye(32).double(), "refit", Cut(2, 4), down=torch.zeros(8, 32).double())
+    with pytest.raises(ValueError, match="8 inputs"):
+        prune(make("llama"), Cut(2, 4), patch)
+
+
+# -- the first token
+
+
+def with_bos(n=12, length=24):
+    ids = torch.randint(3, 64, (n, length), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 1
+    return Windows(ids)
+
+
+@pytest.mark.parametrize("family", ["hadamard", "joint", "joint-refit"])
+def test_sums_without_the_first_token_are_those_of_the_others(family):
+    model, w = make("llama"), with_bos()
+    stats = collect(model, w, cuts=[CUT], moments=[CUT], down=True)
+    x, m, z, y = (a[:, 1:].flatten(0, 1) for a in sides(model, w, CUT))
+    rest = Evidence(stats, CUT, first=True).moments
+    weight = 1 / (x.norm(dim=1) * y.norm(dim=1))
+    for found, a, b in ((rest.xx, x, x), (rest.xy, x, y), (rest.my, m, y), (rest.xz, x, z)):
+        torch.testing.assert_close(found, (a * weight[:, None]).T @ b, rtol=1e-4, atol=1e-4)
+    patch = fit_patch(stats, CUT, family, first=True)
+    firsts = sides(model, w, CUT)
+    got = patch.apply(*(a[:, :1] for a in firsts[:3]))
+    torch.testing.assert_close(got, firsts[3][:, :1], rtol=1e-4, atol=1e-4)
+
+
+def test_windows_without_a_fixed_first_token_are_refused():
+    w = Windows(torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0)))
+    stats = collect(make("llama"), w, cuts=[CUT], moments=[CUT])
+    with pytest.raises(ValueError, match="no state of their own.*bos=True"):
+        fit_patch(stats, CUT, "hadamard", first=True)
+    bare = collect(make("llama"), with_bos(), cuts=[CUT])
+    with pytest.raises(ValueError, match="takes the second moments"):
+        fit_patch(bare, CUT, "hadamard", first=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2", "opt"])
+def test_the_constant_is_right_with_padding_cache_and_chunks(name):
+    "A student with the constant, in one pass, padded, in two chunks, and through save and load."
+    teacher, cut, w = make(name), Cut(2, 4), with_bos()
+    stats = collect(teacher, w, cuts=[cut], moments=[cut])
+    student = prune(teacher, cut, fit_patch(stats, cut, "hadamard", first=True)).eval()
+    bare = prune(teacher, cut, fit_patch(stats, cut, "hadamard")).eval()
+    ids, seen = w.ids[:3], {}
+    with torch.no_grad():
+        with layer_states(teacher, lambda l, x: seen.update({l: x})):
+            teacher(ids, use_cache=False)
+        handle = decoder_layers(student)[2].register_forward_pre_hook(
+            lambda l, a, k: seen.update(h=a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
+        whole = student(ids, use_cache=False).logits
+        handle.remove()
+        torch.testing.assert_close(seen["h"][:, 0], seen[4][:, 0], rtol=1e-4, atol=1e-4)
+        assert (whole - bare(ids, use_cache=False).logits).abs().max() > 1e-4
+        head = student(ids[:, :9], use_cache=True)
+        tail = student(ids[:, 9:], past_key_values=head.past_key_values).logits
+        torch.testing.assert_close(torch.cat([head.logits, tail], 1), whole, rtol=1e-3, atol=1e-3)
+        mask = torch.ones(3, 28, dtype=torch.long)
+        mask[:, :4] = 0
+        padded = torch.cat([torch.full((3, 4), 2), ids], 1)
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        left = dict() if name == "opt" else dict(position_ids=position)
+        logits = student(padded, attention_mask=mask, use_cache=False, **left).logits[:, 4:]
+        torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_constant_is_saved_and_loaded(tmp_path, dtype):
+    teacher, cut, w = make("llama").to(dtype), Cut(2, 4), with_bos()
+    stats = collect(teacher, w, cuts=[cut], moments=[cut])
+    patch = fit_patch(stats, cut, "joint", first=True)
+    student = prune(teacher, cut, patch).eval()
+    student.save_pretrained(tmp_path / "student")
+    record = json.loads((tmp_path / "student/config.json").read_text())["linearpatch"]
+    assert record["patches"][0]["first"] is True
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "student", trust_remote_code=True, dtype=dtype
+    )
+    for name, numbers in student.state_dict().items():
+        assert torch.equal(again.state_dict()[name], numbers), name
+    rounding = torch.finfo(dtype).eps
+    with torch.no_grad():
+        logits = again.eval()(w.ids).logits
+        assert (logits - student(w.ids).logits).norm() <= 8 * rounding * logits.norm()
+    save_patch(patch, tmp_path / "patch", base=teacher)
+    (loaded,) = load_patch(tmp_path / "patch")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.first, patch.first))
+
+
+def test_the_constant_does_not_fold_but_can_be_dropped():
+    teacher, cut, w = make("llama"), Cut(2, 4), with_bos()
+    stats = collect(teacher, w, cuts=[cut], moments=[cut])
+    student = prune(teacher, cut, fit_patch(stats, cut, "foldable", first=True))
+    with pytest.raises(ValueError, match="cannot be multiplied into weights.*drop_first"):
+        fold(student)
+    folded = fold(drop_first(student))
+    assert not patch_modules(folded) and folded.config.linearpatch["folded"]

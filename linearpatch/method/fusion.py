@@ -9,7 +9,7 @@ __all__ = ['fuse', 'first_token', 'Patch']
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .hadamard import Rotation
 from ..shipped.modeling_linearpatch import FirstToken
@@ -43,8 +43,8 @@ def first_token(
 ) -> FirstToken:  # a module: of h and of what the patch makes of it, both (..., C)
     "What hands on y_0 wherever a state is x_0."
     token = FirstToken(len(before), device="meta")
-    for state, numbers in zip(token.parameters(), (before, after)):
-        state.data = numbers.detach().float()
+    for name, numbers in (("before", before), ("after", after)):
+        setattr(token, name, nn.Parameter(numbers.detach().float(), requires_grad=False))
     return token
 
 # %% ../../nbs/method/05_fusion.ipynb #f7d3b336
