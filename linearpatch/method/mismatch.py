@@ -8,6 +8,7 @@ __all__ = ['SPREAD', 'NEAREST', 'Stats', 'requested_cuts', 'read_windows', 'chec
 
 # %% ../../nbs/method/02_mismatch.ipynb #f8b9648e
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ from .models import hidden_size, input_device, n_layers
 from ..workshop.accumulators import RATIO_BINS, Moments
 from ..workshop.cuts import Cut, candidates, check_cuts
 from ..workshop.forward import evaluating, layer_states, mlp_states
-from ..workshop.streaming import StreamingPass, StreamSums, pass_sums
+from ..workshop.streaming import PassEnd, StreamingPass, StreamSums, pass_sums
 
 # %% ../../nbs/method/02_mismatch.ipynb #266991ab
 class Stats(StreamSums):
@@ -147,6 +148,7 @@ def collect(
     progress: bool = False,  # show a progress bar
     ratios: Iterable | None = None,  # cuts whose ratios are taken token by token; default: all
     down: bool = False,  # moments with the input of the last kept MLP's last matrix, too
+    whole: bool = True,  # every layer; False: the pass ends behind the last cut, the rest is zero
 ) -> Stats:  # sums over all tokens
     """One streaming pass over the windows for every layer and every candidate cut at once.
 
@@ -170,8 +172,9 @@ def collect(
     ):
         running = StreamingPass(model, compared, rotation, second, mlp_layers, by_token, down)
         for ids, mask in windows.batches(batch_size):
-            running.start_batch(ids, mask)
-            read_windows(model, ids, mask)
+            running.start_batch(ids, mask, None if whole else max(c.stop for c in compared))
+            with suppress(PassEnd):
+                read_windows(model, ids, mask)
             running.end_batch()
             bar.update(len(ids))
     return Stats(**vars(pass_sums(running)))

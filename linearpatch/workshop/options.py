@@ -106,8 +106,17 @@ class PatchOptions:
         "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the "
         "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. "
         "mlp: least squares in the last MLP before the seam. foldable: a scaled rotation and that "
-        "MLP, which folds away without error. joint: least squares in both, the strongest. none.",
-        choices=FAMILY_NAMES,
+        "MLP, which folds away without error. joint: least squares in both. refit: a new last "
+        "matrix for that MLP, a plain model. joint-refit: both, the strongest. none. auto: the best "
+        "of them on calibration windows set aside.",
+        choices=(*FAMILY_NAMES, "auto"),
+    )
+    first_token: bool = option(
+        HOW,
+        False,
+        "Keep the state of the first token, which is the same in every window, as a constant, and "
+        "fit the patch to all others. It helps most where the removed layers make that token "
+        "massive.",
     )
     families: tuple[str, ...] = option(
         HOW,

@@ -114,13 +114,34 @@ def check_words(
             raise ValueError(
                 f"--{wish} {verb} a patch, and --patch is none: choose another, such as hadamard"
             )
+    if request.first_token:
+        _check_first(request)
     _check_tasks(request)
     _check_training(request)
+
+# %% ../../nbs/workshop/request.ipynb #2935c3bf
+def _check_first(request):
+    "ValueError where the constant of the first token cannot be had."
+    if request.patch == "none":
+        raise ValueError("--first-token goes with a patch, and --patch is none: choose another")
+    if not request.bos:
+        raise ValueError(
+            "--first-token needs windows that begin with one fixed token: leave --no-bos out"
+        )
+    if request.fold:
+        raise ValueError(
+            "--first-token cannot be folded, a constant is no weight: leave it or --fold out"
+        )
+    if request.per_layer or request.averaging != "ratio-of-means":
+        raise ValueError(
+            "--first-token goes with one patch for each cut, and means over all tokens: leave "
+            "per_layer and averaging as they are"
+        )
 
 # %% ../../nbs/workshop/request.ipynb #1444a84c
 def _check_per_layer(request):
     "ValueError where one patch for each removed layer cannot be multiplied together."
-    heavy = lp.NEEDS_MOMENTS & {request.patch, *request.families}
+    heavy = (lp.NEEDS_MOMENTS | {"auto"}) & {request.patch, *request.families}
     if not request.cuts or heavy:
         raise ValueError(
             "per_layer multiplies one patch for each removed layer: give the cuts, and a patch "
@@ -315,7 +336,7 @@ def fold_warning(
         "warning: the fold gives the output head a matrix of its own, which is the embedding's "
         f"now: {before:,} parameters become {before + more:,}"
         + (f", more than the {teacher:,} of the intact model" if grown else "")
-        + "; to keep one matrix, keep the patch (no fold), or take --patch scalar or mlp"
+        + "; to keep one matrix, keep the patch (no fold), or take --patch scalar, mlp or refit"
     )
 
 # %% ../../nbs/workshop/request.ipynb #2b16735b

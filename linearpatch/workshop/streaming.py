@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOP_TOKENS', 'Massive', 'largest_tokens', 'merge_massive', 'window_record', 'read_record', 'StreamSums',
-           'check_addable', 'RunningBatch', 'StreamingPass', 'compare_sides', 'add_layer', 'last_uses', 'check_record',
-           'pass_sums']
+           'check_addable', 'RunningBatch', 'PassEnd', 'StreamingPass', 'compare_sides', 'add_layer', 'last_uses',
+           'check_record', 'pass_sums']
 
 # %% ../../nbs/workshop/streaming.ipynb #947d3cfd
 from collections.abc import Collection, Iterable, Sequence
@@ -187,6 +187,10 @@ class RunningBatch:
         on_cpu = torch.cat(parts).cpu().split([len(part) for part in parts])
         return [(layer, i, record) for (layer, i, _), record in zip(self.records, on_cpu)]
 
+# %% ../../nbs/workshop/streaming.ipynb #e6f74dee
+class PassEnd(Exception):
+    "Raised where a pass has seen all that it needs: the layers behind are not run."
+
 # %% ../../nbs/workshop/streaming.ipynb #580f765e
 class StreamingPass:
     "One pass over the windows: sums by layer and by cut, fed by hooks while the model runs."
@@ -217,9 +221,9 @@ class StreamingPass:
         self.last_use = last_uses(self.cuts, self.n_layers)
         self.n_windows = self.n_tokens = 0
 
-    def start_batch(self, ids: Tensor, mask: Tensor) -> None:
-        "The model is about to read these windows, (B, T)."
-        self.batch = RunningBatch(ids, mask)
+    def start_batch(self, ids: Tensor, mask: Tensor, last: int | None = None) -> None:
+        "The model is about to read these windows, (B, T); `visit` ends the pass at X^(last)."
+        self.batch, self.last = RunningBatch(ids, mask), last
 
     def visit_mlp(self, layer: int, m: Tensor) -> None:
         "Take in the part of X^(layer), (B, T, C), that the MLP before it added."
@@ -239,6 +243,8 @@ class StreamingPass:
         for cut in (c for c in self.cuts if c.stop == layer):
             compare_sides(self, cut)
         self.batch.held = {l: s for l, s in held.items() if self.last_use[l] > layer}
+        if layer == self.last:
+            raise PassEnd
 
     def end_batch(self) -> None:
         "Read what the batch has to tell: is all finite, and which tokens are largest?"
