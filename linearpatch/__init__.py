@@ -30,7 +30,7 @@ _names = {
     "method.fusion": "Patch fuse",
     "method.families": "FAMILIES NEEDS_MOMENTS fit_patch",
     "method.selection": "Selection METRICS select",
-    "method.pruning": "prune patch_modules",
+    "method.pruning": "prune patch_modules drop_first",
     "method.folding": "fold Folding",
     "workshop.patch_files": "save_patch load_patch student_patches",
     "workshop.checkpoint": "load save_student load_student push_to_hub",
@@ -67,6 +67,7 @@ _plain = (  # rooms whose names only other rooms use
     "workshop.request",
     "workshop.telling",
     "workshop.prefix",
+    "workshop.guarding",
     "workshop.gguf",
     "workshop.accumulators",
     "workshop.rewriting",
@@ -121,7 +122,11 @@ if TYPE_CHECKING:
         remove_layers as remove_layers,
         seed_everything as seed_everything,
     )
-    from linearpatch.method.pruning import patch_modules as patch_modules, prune as prune
+    from linearpatch.method.pruning import (
+        drop_first as drop_first,
+        patch_modules as patch_modules,
+        prune as prune,
+    )
     from linearpatch.method.scaling import channel_scale as channel_scale
     from linearpatch.method.selection import (
         METRICS as METRICS,

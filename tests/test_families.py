@@ -321,12 +321,12 @@ def test_the_teacher_keeps_its_mlp_when_weights_are_shared():
 
 def test_the_table():
     assert (
-        *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq"),
-        *("mlp", "foldable", "joint", "refit", "joint-refit"),
+        *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq", "mlp", "unweighted"),
+        *("foldable", "joint", "refit", "joint-refit"),
     ) == FAMILIES
     fits = {"lstsq", "mlp", "foldable", "joint", "refit", "joint-refit"}
-    assert fits | {"procrustes"} == NEEDS_MOMENTS
-    assert dict.fromkeys(fits, "cv") == RIDGE
+    assert fits | {"procrustes", "unweighted"} == NEEDS_MOMENTS
+    assert dict.fromkeys(fits, "cv") | {"unweighted": 1e-6} == RIDGE
     assert NEEDS_DOWN == {"refit", "joint-refit"}
 
 

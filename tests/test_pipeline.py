@@ -77,7 +77,7 @@ def test_a_file_of_text(playground, tmp_path):
         samples=8,
         batch_size=16,
     )
-    assert list(r["perplexity"]) == ["mine.txt"] and "same file" in r["notes"][0]
+    assert list(r["perplexity"]) == ["mine.txt"] and any("same file" in note for note in r["notes"])
 
 
 def test_one_seed(playground):

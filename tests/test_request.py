@@ -67,7 +67,8 @@ def test_the_words_are_those_of_their_rooms():
 
     choices = {f.name: f.metadata["choices"] for f in fields(RunConfig) if f.metadata}
     assert choices["metric"] == METRIC_NAMES == METRICS
-    assert choices["patch"] == choices["families"] == FAMILY_NAMES == FAMILIES
+    assert choices["families"] == FAMILY_NAMES == FAMILIES
+    assert choices["patch"] == (*FAMILY_NAMES, "auto")
     assert choices["averaging"] == AVERAGINGS
     assert choices["learn"] == tuple(LEARN)
 
@@ -107,6 +108,7 @@ ANOTHER = dict(
     metric="angular",
     patch="scalar",
     families=FAMILY_NAMES,
+    first_token=True,
     fold=True,
     calibration="c4",
     samples=7,

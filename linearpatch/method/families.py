@@ -396,6 +396,12 @@ def _fit_mlp(evidence, ridge):
     identity = evidence.identity.to(evidence.moments.xx)
     return with_mlp(identity, part_least_squares(evidence.moments, "mlp", identity, ridge))
 
+
+@patch_family("unweighted", needs_moments=True, ridge=1e-6)
+def _fit_unweighted(evidence, ridge):
+    m = evidence.moments
+    return Fit(least_squares(m.xx_plain, m.xy_plain, torch.zeros_like(m.xx), ridge))
+
 # %% ../../nbs/method/06_families.ipynb #e0e37be3
 @patch_family("foldable", needs_moments=True, ridge="cv", part="mlp", without="procrustes")
 def _fit_foldable(evidence, ridge):

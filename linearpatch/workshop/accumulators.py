@@ -230,6 +230,7 @@ class Moments:
     zz: Tensor | None = None
     xz: Tensor | None = None
     zy: Tensor | None = None
+    xx_plain: Tensor | None = None  # (C, C), sum of x^T x
     yy: float = 0.0  # sum of w |y|^2
     tokens: float = 0.0  # with a state that is not zero
     log_growth: float = 0.0  # sum over them of log(|y| / |x|)
@@ -239,7 +240,7 @@ class Moments:
     @classmethod
     def zeros(cls, hidden: int, mlp: bool = False) -> "Moments":
         "Of no tokens at all."
-        names = ("xx", "xy", "xy_plain") + (("mm", "xm", "my") if mlp else ())
+        names = ("xx", "xy", "xy_plain", "xx_plain") + (("mm", "xm", "my") if mlp else ())
         zeros: dict[str, Any] = {k: torch.zeros(hidden, hidden).double() for k in names}
         return cls(weight=0.0, xx_trace=0.0, **zeros)
 
@@ -304,6 +305,7 @@ def first_moments(
         xy=product(x, y),
         weight=w,
         xy_plain=n * torch.outer(x, y),
+        xx_plain=n * torch.outer(x, x),
         xx_trace=first.square,
         mm=product(m, m),
         xm=product(x, m),
@@ -336,6 +338,7 @@ def add_moments(
     sums.add("xy", wx.T @ y)
     sums.add("xy_plain", x.T @ y)
     sums.add("weight", w.sum())
+    sums.add("xx_plain", x.T @ x)
     sums.add("xx_trace", x.square().sum())
     sums.add("yy", (w * y.square().sum(1)).sum())
     if m is not None:
@@ -390,7 +393,7 @@ class HalvedMoments:
     def bytes(self) -> int:
         "Memory of the matrices of both halves, in float64."
         C, F = self.hidden, self.down
-        return 2 * 8 * ((6 if self.mlp else 3) * C * C + F * F + 2 * C * F)
+        return 2 * 8 * ((7 if self.mlp else 4) * C * C + F * F + 2 * C * F)
 
     def room_for_sums(self, device: torch.device) -> torch.device | str | None:
         "None, to keep the matrices with the states; the CPU where they would crowd a GPU."

@@ -61,8 +61,8 @@ METRIC_NAMES = (
     *("perplexity", "taylor", "random", "patch-aware"),
 )
 FAMILY_NAMES = (
-    *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq"),
-    *("mlp", "foldable", "joint", "refit", "joint-refit"),
+    *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq", "mlp", "unweighted"),
+    *("foldable", "joint", "refit", "joint-refit"),
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -104,7 +104,8 @@ class PatchOptions:
         HOW,
         "hadamard",
         "What mends the seam. hadamard: H diag(d) H^T, the method. diagonal: d without the "
-        "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares. "
+        "rotation. scalar: one number. procrustes: a scaled rotation. lstsq: full least squares, "
+        "unweighted: the same with equal votes for all tokens. "
         "mlp: least squares in the last MLP before the seam. foldable: a scaled rotation and that "
         "MLP, which folds away without error. joint: least squares in both. refit: a new last "
         "matrix for that MLP, a plain model. joint-refit: both, the strongest. none. auto: the best "

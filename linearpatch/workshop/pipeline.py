@@ -33,7 +33,7 @@ from .checkpoint import save_student
 from .cuts import Cut
 from .figures import draw_figures, figure_numbers
 from .files import output_folder
-from .guarding import FIRST, Verdict, candidates, judge, set_aside
+from .guarding import FIRST, Verdict, judge, rival_patches, set_aside
 from .harness import load_tasks
 from .inputs import prepare, without_bars
 from .measuring import kl_windows, measure, measure_tasks
@@ -176,7 +176,7 @@ def choose_patch(
         cuts,
         held,
         asked,
-        candidates(request.patch, request.first_token, constant, request.fold),
+        rival_patches(request.patch, request.first_token, constant, request.fold),
         request.averaging,
         request.batch_size,
         request.progress,

@@ -52,7 +52,7 @@ _EXACT = ("none", "mlp", "mlp-cosine", "scalar", "procrustes", "foldable", "laye
 FOLDS = (
     dict.fromkeys(_EXACT, "yes")
     | dict.fromkeys(("diagonal", "hadamard"), "nearly")
-    | dict.fromkeys(("lstsq", "joint"), "no")
+    | dict.fromkeys(("lstsq", "unweighted", "joint"), "no")
 )  # does a treatment go into a plain checkpoint? For models with RMS norms
 BEST = "joint"  # the family of the method that is called "ours"
 
@@ -158,7 +158,7 @@ _FITTED = (
         chooses=_COSINE,
         fits="any matrix",
         metric="cosine",
-        treatment="lstsq",
+        treatment="unweighted",
     ),
     Method(
         name="replaceme",
