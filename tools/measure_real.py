@@ -12,6 +12,7 @@ windows at random places, the evaluation texts are read from their beginning.
 
 import argparse
 import importlib.metadata
+import json
 import platform
 import shlex
 import subprocess
@@ -23,11 +24,22 @@ from pathlib import Path
 import torch
 
 import linearpatch as lp
+from linearpatch.method.families import (
+    Evidence,
+    between,
+    choose_ridge,
+    least_squares,
+    normal_equations,
+    with_mlp,
+)
 from linearpatch.method.fusion import fuse
 from linearpatch.workshop.files import write_json
+from linearpatch.workshop.guarding import FIRST, judge, rival_patches, set_aside
 
 ROOT = Path(__file__).resolve().parent.parent
-MAP_FAMILIES = ("none", "hadamard", "joint")  # measured at every start
+MAP_FAMILIES = ("none", "hadamard", "joint-refit+first")  # measured at every start
+# with and without the constant of the first token
+FITS = ("hadamard", "procrustes", "lstsq", "foldable", "joint", "refit", "joint-refit")
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, there was a little girl who",
@@ -67,14 +79,64 @@ class Setting:
             out[name] = {"dense": [dense, 0.0], **{k: list(v) for k, v in found.items()}}
         return out
 
+    def shared(self, stats, cut, share):
+        "The joint fit with another share of the typical scale in its target."
+        m, ridge = stats.moments[cut], choose_ridge(Evidence(stats, cut), "mlp")[0]
+        prior = m.growth * torch.eye(stats.hidden, dtype=torch.float64)
+        W = least_squares(*normal_equations(between(m, share), "mlp"), prior, ridge)
+        fit = with_mlp(W[: stats.hidden], W[stats.hidden :])
+        return lp.prune(
+            self.model, [cut], lp.Patch(fit.matrix, "joint", cut, {}, fit.mlp), share=True
+        )
+
     def student(self, stats, cut, family):
         "A student over the teacher's own weights."
-        patches = None if family == "none" else [lp.fit_patch(stats, cut, family)]
-        return lp.prune(self.model, [cut], patches, share=True)
+        first, family = family.endswith(FIRST), family.removesuffix(FIRST)
+        patch = None if family == "none" else lp.fit_patch(stats, cut, family, first=first)
+        return lp.prune(self.model, [cut], patch, share=True)
 
 
 def name_of(cut):
     return f"{cut.start}:{cut.stop}"
+
+
+def fits(s):
+    "Every family at each of the cuts, with and without the first token; and what the guard says."
+    place, out = s.args.out / "fits.part.json", {}
+    if place.exists():  # a run of hours that was cut off goes on
+        out = json.loads(place.read_text())
+    windows = s.calibration(s.args.samples)
+    fitting, held = set_aside(windows)
+    for cut in map(lp.Cut.parse, s.args.cuts):
+        if name_of(cut) in out:
+            continue
+        how = dict(cuts=[cut], moments=[cut], down=True, batch_size=s.args.batch_size, whole=False)
+        part = lp.collect(s.model, fitting, **how)
+        stats = part + lp.collect(s.model, held, **how)
+        names = rival_patches("hadamard", False, True)
+        verdict = judge(s.model, part, [cut], held, "auto", names, batch_size=s.args.batch_size)
+        names = ("none", "scalar", "diagonal", "unweighted", *FITS, *(f + FIRST for f in FITS))
+        students = {name: s.student(stats, cut, name) for name in names}
+        for share in (0.0, 0.3):
+            students[f"joint, share {share}"] = s.shared(stats, cut, share)
+        first = stats.moments[cut].first
+        out[name_of(cut)] = dict(
+            guard=verdict.kl,
+            auto=verdict.best,
+            first=dict(
+                spread=first.spread,
+                nearest=first.nearest,
+                before=(first.x / first.count).norm().item(),
+                after=(first.y / first.count).norm().item(),
+            ),
+            growth=stats.moments[cut].growth,
+            scores=s.scores(students),
+        )
+        s.args.out.mkdir(parents=True, exist_ok=True)
+        write_json(place, out)
+        print(f"fits: {cut}", flush=True)
+    place.unlink()
+    return out
 
 
 def families(s):
@@ -82,7 +144,7 @@ def families(s):
     out = {}
     for n in s.args.remove:
         cut = lp.select(s.model, s.collect(n_remove=n), n_remove=n).cuts[0]
-        stats = s.collect(cuts=[cut], moments=[cut])
+        stats = s.collect(cuts=[cut], moments=[cut], down=True)
         students = {f: s.student(stats, cut, f) for f in lp.FAMILIES}
         out[n] = dict(cut=name_of(cut), scores=s.scores(students))
     return out
@@ -92,7 +154,7 @@ def starts(s):
     "No patch, the paper's and the best family at every start."
     out = {}
     for n in s.args.map:
-        stats = s.collect(n_remove=n, moments="all")
+        stats = s.collect(n_remove=n, moments="all", down=True)
         students = {
             f"{name_of(cut)} {f}": s.student(stats, cut, f)
             for cut in stats.cuts
@@ -226,9 +288,10 @@ def continuations(s):
     "Greedy text of the intact model and of its students."
     out = {}
     for cut in map(lp.Cut.parse, s.args.cuts):
-        stats = s.collect(cuts=[cut], moments=[cut])
+        stats = s.collect(cuts=[cut], moments=[cut], down=True)
         models = {"dense": s.model}
-        models |= {f: s.student(stats, cut, f) for f in ("none", "hadamard", "lstsq", "joint")}
+        shown = ("none", "hadamard", "joint", "joint-refit" + FIRST)
+        models |= {f: s.student(stats, cut, f) for f in shown}
         out[name_of(cut)] = [
             dict(prompt=p, **{k: greedy(m, s.tokenizer, p) for k, m in models.items()})
             for p in PROMPTS
@@ -251,11 +314,12 @@ def greedy(model, tokenizer, prompt, tokens=40):
 
 
 STAGES = (
+    fits,
+    continuations,
+    spread,
     families,
     starts,
-    spread,
     alpha,
-    continuations,
     folded,
     amount,
     distillation,
