@@ -1,8 +1,7 @@
 "What the tests of distillation share: a text, a teacher with its student, and a cache."
 
 import torch
-from tiny import fresh as make
-from tiny import random_patch
+from tiny import fresh as make, random_patch
 
 from linearpatch.method.calibration import Windows
 from linearpatch.method.pruning import patch_modules, prune

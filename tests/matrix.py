@@ -215,7 +215,7 @@ def fold_rotation(teacher):
 
 def folded_equals_patched(teacher, matrix):
     "An exact fold, saved, and read by transformers alone: the same scores and tokens, and no parameter more than without a patch."
-    for where, cuts in CUTS.items():
+    for cuts in CUTS.values():
         g = torch.Generator().manual_seed(0)
         student = prune(teacher, cuts, [FakePatch(matrix(g), c) for c in cuts], share=True)
         near(

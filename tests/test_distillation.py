@@ -12,8 +12,7 @@ import torch
 from distilling import CUT, make_cached, matrix, pair, text
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import CONFIGS, FakePatch, liven, random_patch
-from tiny import fresh as make
+from tiny import CONFIGS, FakePatch, fresh as make, liven, random_patch
 
 from linearpatch.method.calibration import Windows, load_windows
 from linearpatch.method.distillation import (

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import Field
 from safetensors import SafetensorError
 
 from linearpatch.workshop.files import *
@@ -80,10 +81,10 @@ def test_atomic_file(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
 def test_a_full_disk_keeps_the_old_file(error, tmp_path):
     write_json(tmp_path / "f.json", {"a": 1})
-    with pytest.raises(OSError, match="f.json.*No space left.*finished before is intact"):
-        with atomic_file(tmp_path / "f.json") as partial:
-            partial.write_text("{")
-            raise error
+    said = pytest.raises(OSError, match="f.json.*No space left.*finished before is intact")
+    with said, atomic_file(tmp_path / "f.json") as partial:
+        partial.write_text("{")
+        raise error
     with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "f.json"):
         raise KeyboardInterrupt
     assert read_json(tmp_path / "f.json") == {"a": 1} and os.listdir(tmp_path) == ["f.json"]
@@ -133,7 +134,7 @@ class Inner(Record):
 
 class Outer(Record):
     inner: Inner
-    names: list[str] = []
+    names: list[str] = Field(default_factory=list)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 "Every notebook is a page that can be published as it lies here."
 
 import ast
+import itertools
 import re
 
 import pytest
@@ -68,7 +69,7 @@ def test_streams_are_whole(path):
     "How a cell's print was cut into pieces depends on the machine's speed; one cell stores one piece."
     for cell in load(path)["cells"]:
         names = [out.get("name") for out in cell.get("outputs", [])]
-        assert not any(a and a == b for a, b in zip(names, names[1:])), (
+        assert not any(a and a == b for a, b in itertools.pairwise(names)), (
             f"merge the streams of {source(cell)[:60]!r}"
         )
 

@@ -8,8 +8,7 @@ import tomllib
 
 import pytest
 
-from linearpatch.workshop import estimates, published, readiness, reproduce
-from linearpatch.workshop import recipe as rooms
+from linearpatch.workshop import estimates, published, readiness, recipe as rooms, reproduce
 from linearpatch.workshop.cuts import Cut
 from linearpatch.workshop.published import compare_figures, reproduction_verdict
 from linearpatch.workshop.recipe import RECIPES, find_recipe, n_removed, recipes, removed_cuts

@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 from distilling import CUT, make_cached, text
-from tiny import CONFIGS, random_patch
-from tiny import fresh as make
+from tiny import CONFIGS, fresh as make, random_patch
 
 from linearpatch.method.distillation import Offline, Online, distill, top_k_probs
 from linearpatch.method.pruning import prune

@@ -34,7 +34,7 @@ from linearpatch.method.families import (
 )
 from linearpatch.method.fusion import fuse
 from linearpatch.workshop.files import write_json
-from linearpatch.workshop.guarding import FIRST, judge, rival_patches, set_aside
+from linearpatch.workshop.guarding import FIRST, has_constant, judge, rival_patches, set_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 MAP_FAMILIES = ("none", "hadamard", "joint-refit+first")  # measured at every start
@@ -113,9 +113,11 @@ def fits(s):
         how = dict(cuts=[cut], moments=[cut], down=True, batch_size=s.args.batch_size, whole=False)
         part = lp.collect(s.model, fitting, **how)
         stats = part + lp.collect(s.model, held, **how)
-        names = rival_patches("hadamard", False, True)
+        constant = has_constant(part, [cut])
+        names = rival_patches("hadamard", False, constant)
         verdict = judge(s.model, part, [cut], held, "auto", names, batch_size=s.args.batch_size)
-        names = ("none", "scalar", "diagonal", "unweighted", *FITS, *(f + FIRST for f in FITS))
+        firsts = [f + FIRST for f in FITS if constant]
+        names = ("none", "scalar", "diagonal", "unweighted", *FITS, *firsts)
         students = {name: s.student(stats, cut, name) for name in names}
         for share in (0.0, 0.3):
             students[f"joint, share {share}"] = s.shared(stats, cut, share)
@@ -126,6 +128,7 @@ def fits(s):
             first=dict(
                 spread=first.spread,
                 nearest=first.nearest,
+                mistaken=first.mistaken,
                 before=(first.x / first.count).norm().item(),
                 after=(first.y / first.count).norm().item(),
             ),

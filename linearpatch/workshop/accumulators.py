@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..shipped.modeling_linearpatch import FIRST
+
 # %% ../../nbs/workshop/accumulators.ipynb #1712b782
 class RunningSums:
     "Named sums and maxima in float64, kept on the device of what is added to them."
@@ -192,6 +194,8 @@ class FirstTokens:
     y: Tensor  # (C,), sum of X^(s+n)
     square: float  # sum of |x|^2
     nearest: float  # least |x_t - x_0| / |x_0| of any later token t of the same window
+    # largest |y_t - y_0| / |y_0| of those later tokens that come as near as 2 FIRST; 0: none do
+    mistaken: float = 0.0
     m: Tensor | None = None  # (C,), sum of the MLP's part of x
     z: Tensor | None = None  # (F,), sum of what that MLP's last matrix reads
 
@@ -204,7 +208,10 @@ class FirstTokens:
 
     def combine(self, other: "FirstTokens", sign: int) -> "FirstTokens":
         "Sums of both, or what is left when the other windows are taken away."
-        sums: dict[str, Any] = {"nearest": min(self.nearest, other.nearest)}
+        sums: dict[str, Any] = {
+            "nearest": min(self.nearest, other.nearest),
+            "mistaken": max(self.mistaken, other.mistaken),
+        }
         for name in ("count", "x", "y", "square", "m", "z"):
             a, b = getattr(self, name), getattr(other, name)
             sums[name] = None if a is None or b is None else a + sign * b
@@ -367,8 +374,12 @@ def add_first(
             sums.add(name, states[0])
     sums.add("square", x[0].double().square().sum())
     if len(x) > 1:
-        distance = (x[1:] - x[0]).norm(dim=1).min() / x[0].norm().clamp_min(1e-30)
-        sums.maximum("nearest", -distance)  # the least distance is the largest of its negatives
+        near, far = (
+            (states[1:] - states[0]).norm(dim=1) / states[0].norm().clamp_min(1e-30)
+            for states in (x, y)
+        )
+        sums.maximum("nearest", -near.min())  # the least is the largest of the negatives
+        sums.maximum("mistaken", torch.where(near <= 2 * FIRST, far, 0.0).max())
 
 # %% ../../nbs/workshop/accumulators.ipynb #a232a810
 class HalvedMoments:

@@ -25,7 +25,7 @@ from ..method.families import NEEDS_DOWN, NEEDS_MOMENTS, fit_patch
 from ..method.folding import fold
 from ..method.fusion import Patch
 from ..method.hadamard import make_rotation
-from ..method.mismatch import Stats, check_constant, collect
+from ..method.mismatch import Stats, collect
 from ..method.models import decoder_layers, hidden_size
 from ..method.pruning import patch_modules, prune
 from ..method.selection import Selection, select
@@ -33,7 +33,7 @@ from .checkpoint import save_student
 from .cuts import Cut
 from .figures import draw_figures, figure_numbers
 from .files import output_folder
-from .guarding import FIRST, Verdict, judge, rival_patches, set_aside
+from .guarding import FIRST, Verdict, has_constant, judge, rival_patches, set_aside
 from .harness import load_tasks
 from .inputs import prepare, without_bars
 from .measuring import kl_windows, measure, measure_tasks
@@ -149,16 +149,6 @@ def fit_cut(
     return Patch(matrix, family, cut, parts[0].info | dict(layers=len(parts)))
 
 # %% ../../nbs/workshop/pipeline.ipynb #4e4f487e
-def _has_constant(stats, cuts):
-    "Do the first tokens have a state of their own at all cuts?"
-    try:
-        for cut in cuts:
-            check_constant(stats.moments[cut], cut)
-    except ValueError:
-        return False
-    return True
-
-
 def choose_patch(
     request: RunConfig,  # the request
     model: PreTrainedModel,  # the intact model
@@ -168,7 +158,7 @@ def choose_patch(
 ) -> tuple[RunConfig, Verdict]:  # the request, `auto` replaced by a family
     "Judge the patch that was asked for on windows set aside, and find the best one."
     announce(request, f"the patch against none, on {len(held)} windows set aside")
-    constant = request.bos and _has_constant(part, cuts)
+    constant = request.bos and has_constant(part, cuts)
     asked = request.patch + FIRST * (request.first_token and request.patch != "auto")
     verdict = judge(
         model,

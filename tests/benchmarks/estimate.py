@@ -3,17 +3,21 @@
 python tests/benchmarks/estimate.py   # about five minutes on two cores; prints estimate and peak for a patched and a distilled row
 """
 
-import resource, subprocess, sys
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 
 MODEL = dict(num_hidden_layers=8, stored="float32")
 
 
 def run(name):
-    import torch, transformers
-    from linearpatch.workshop.places import playground_path
-    from linearpatch.workshop.pipeline import run_pipeline
+    import torch
+    import transformers
+
     from linearpatch.workshop.estimates import memory_bytes
+    from linearpatch.workshop.pipeline import run_pipeline
+    from linearpatch.workshop.places import playground_path
     from linearpatch.workshop.recipe import find_recipe
     from linearpatch.workshop.reproduce import job_settings
 

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import platform
 import shlex
@@ -264,8 +265,7 @@ def calibrate(b, moments):
 
 def profile(b):
     "One window of the pass under the profiler: what is launched, copied and waited for."
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+    from torch.profiler import ProfilerActivity, profile as profiler
 
     def work():
         collect(b.kept["model"], b.kept["windows"][:1], n_remove=b.a.remove)
@@ -444,7 +444,7 @@ def train(b):
         evals=1,
         callback=lambda _: marks.append(b.now()),
     )
-    steps = [y - x for x, y in zip(marks, marks[1:-1])]  # the last one measures, too
+    steps = [y - x for x, y in itertools.pairwise(marks[:-1])]  # the last one measures, too
     step = statistics.median(steps)
     speed = b.a.batch_size * b.a.seq_len / step
     tokens = PAPER["distillation_windows"] * b.a.seq_len
