@@ -1,4 +1,5 @@
 "Build metadata: everything is read from settings.ini, which is the one place to edit."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -44,8 +45,21 @@ setup(
         "dev": evaluation + gguf + serving + development,
     },
     packages=find_packages(include=["linearpatch", "linearpatch.*"]),
-    package_data={"linearpatch": ["playground/*", "passages/**/*", "tasks/*", "recipes/*", "templates/*", "shipped/*", "py.typed"]},
+    package_data={
+        "linearpatch": [
+            "playground/*",
+            "passages/**/*",
+            "tasks/*",
+            "recipes/*",
+            "templates/*",
+            "shipped/*",
+            "py.typed",
+        ]
+    },
     include_package_data=False,
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["linearpatch=linearpatch._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": ["linearpatch=linearpatch._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -115,6 +115,7 @@ ANOTHER = dict(
     seq_len=99,
     bos=False,
     eval=("ptb", "my notes.txt"),
+    eval_samples=3,
     prompts=("It's",),
     tasks=("offline", "mmlu"),
     task_limit=4,

@@ -126,6 +126,13 @@ def _measurements(numbers: Mapping) -> str:
             "as the run that made this model measured it:"
         )
         lines += ["", said, "", _markdown_table(rows)]
+    if guard := numbers.get("guard"):
+        asked, none = (guard["kl"].get(name) for name in (guard["asked"], "none"))
+        if asked is not None and none is not None:
+            said = f"{asked:.3f} nats a token with the patch, {none:.3f} without it"
+            hurts = "" if asked < none else " **The patch does not help here.**"
+            held = f"On {guard['windows']} calibration windows that it was not fitted to"
+            lines += ["", f"{held}, the divergence from the base is {said}.{hurts}"]
     if numbers.get("retained") is not None:
         share = f"{numbers['retained']:.1%}"
         lines += ["", f"Retained performance on zero-shot tasks: {share} of the base model's."]

@@ -27,8 +27,7 @@ from transformers import (
 from ..method.fusion import Patch
 from ..method.models import load_model, read_config
 from ..method.pruning import guard
-from ..shipped.modeling_linearpatch import check_loaded
-from ..shipped.modeling_linearpatch import read_config as read_sealed_config
+from ..shipped.modeling_linearpatch import check_loaded, read_config as read_sealed_config
 from .cards import student_card
 from .files import check_version, file_inside, output_folder, read_json
 from .patch_files import load_with_patch, save_patch

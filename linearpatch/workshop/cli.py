@@ -68,7 +68,7 @@ def check_at_once(
     app,
     "run",
     "out remove cuts metric patch families first_token fold "
-    f"{_TEXT} eval prompts bos tasks task_limit task_batch_size task_bos task_cache "
+    f"{_TEXT} eval eval_samples prompts bos tasks task_limit task_batch_size task_bos task_cache "
     f"distill distill_samples distill_batch_size top_k {_TRAINING} {_MACHINE}",
     "linearpatch run org/model-7b --remove 9 --dtype bfloat16 --device-map auto --out model-9",
     out=...,

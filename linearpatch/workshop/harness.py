@@ -341,10 +341,8 @@ def _longest(loaded: dict, tokenizer: PreTrainedTokenizerBase, limit: int | None
 # %% ../../nbs/workshop/harness.ipynb #e3bed0f9
 def _own_tokenizer(name: str, config: PretrainedConfig, student: bool, code: dict) -> Any:
     "The tokenizer of a folder or a Hub name; ValueError where there is none."
-    if student:
-        tokenizer = student_tokenizer(name, config, **code)
-    else:
-        tokenizer = read_tokenizer(name, **code)
+    read = functools.partial(student_tokenizer, config=config) if student else read_tokenizer
+    tokenizer = read(name, **code)
     if tokenizer is None:
         raise ValueError(
             f"{name} has no tokenizer: save one beside the model with tokenizer.save_pretrained"

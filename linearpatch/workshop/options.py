@@ -175,6 +175,9 @@ class EvaluationOptions:
         "Text to measure perplexity on: wikitext2, c4, ptb, passages, or a text file. "
         "Repeat it for several.",
     )
+    eval_samples: int | None = option(
+        TEXT, None, "Only the first windows of each text. Without it: all of it.", least=1
+    )
     prompts: tuple[str, ...] = option(
         TEXT,
         (),
@@ -282,7 +285,9 @@ class RuntimeOptions:
         choices=DTYPES,
     )
     device_map: str | None = option(
-        MACHINE, None, "Where the layers go: auto, cuda, cpu, ... Without it: the CPU."
+        MACHINE,
+        None,
+        "Where the layers go: auto, cuda, mps, cpu, ... Without it: the GPU, if there is one.",
     )
     seed: int = option(MACHINE, 0, "The one seed, of everything random.")
     trust_remote_code: bool = option(

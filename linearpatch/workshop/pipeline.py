@@ -33,7 +33,14 @@ from .checkpoint import save_student
 from .cuts import Cut
 from .figures import draw_figures, figure_numbers
 from .files import output_folder
-from .guarding import FIRST, Verdict, has_constant, judge, rival_patches, set_aside
+from linearpatch.workshop.guarding import (
+    FIRST,
+    Verdict,
+    has_constant,
+    judge,
+    rival_patches,
+    set_aside,
+)
 from .harness import load_tasks
 from .inputs import prepare, without_bars
 from .measuring import kl_windows, measure, measure_tasks

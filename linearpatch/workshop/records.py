@@ -108,7 +108,7 @@ class StudentRecord(Record):
     n_layers: int  # of the teacher
     cuts: list[list[int]]
     patches: list[PlacedPatch]
-    folded: list[dict] = []  # parts that were multiplied into weights
+    folded: list[dict] = Field(default_factory=list)  # parts that were multiplied into weights
     teacher: Teacher | None = None
     model: BaseModelRecord
 

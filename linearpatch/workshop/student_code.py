@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..method.pruning import guard, patch_modules
 from ..shipped import modeling_linearpatch
-from ..shipped.modeling_linearpatch import load_patched, plain_class
+from ..shipped.modeling_linearpatch import load_patched
 from .cuts import Cut
 
 # %% ../../nbs/workshop/student_code.ipynb #489c7f74
