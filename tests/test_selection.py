@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from small import CONFIGS, C, L, make, naive_student, random_windows, reference_loss
 
 import linearpatch.method.selection as selection
-from linearpatch.method.families import fit_patch
+from linearpatch.method.families import Evidence, fit_patch, least_squares
 from linearpatch.method.hadamard import make_rotation
 from linearpatch.method.mismatch import collect
 from linearpatch.method.models import decoder_layers, n_layers, remove_layers
@@ -320,3 +320,36 @@ def test_a_metric_is_added_in_one_place(monkeypatch, stats):
     )
     with pytest.raises(ValueError, match="metric 'own' needs stats"):
         select(n_remove=2, metric="own")
+
+
+def test_explained_takes_the_cut_that_a_regression_restores_best():
+    "Against a direct loop: fit on one half of the windows, judge on the other."
+    from test_families import sides, with_bos
+    from tiny import make as tiny_model
+
+    from linearpatch.method.families import choose_ridge
+
+    model, w = tiny_model("llama"), with_bos(16)
+    stats = collect(model, w, n_remove=2, moments="all")
+    chosen = select(stats=stats, n_remove=2, metric="explained")
+    assert chosen.best == "min" and chosen.scores[chosen.cuts[0]] == min(chosen.scores.values())
+    assert set(chosen.scores) == set(stats.cuts)
+    for cut in stats.cuts[1:]:
+        ridge, _ = choose_ridge(Evidence(stats, cut), "mlp")
+        x, m, _, y = sides(model, w, cut)
+        weight, total, wrong = 1 / (x.norm(dim=-1) * y.norm(dim=-1)), 0.0, 0.0
+        growth = (y.norm(dim=-1) / x.norm(dim=-1)).log().mean().exp()
+        for seen in (slice(0, None, 2), slice(1, None, 2)):
+            unseen = slice(1 - seen.start, None, 2)
+            u, t, v = (a[seen].flatten(0, 1) for a in (torch.cat([x, m], -1), y, weight))
+            gram = (u * v[:, None]).T @ u
+            fit = least_squares(
+                gram, (u * v[:, None]).T @ t, growth * torch.eye(32).double(), ridge
+            )
+            u, t, v = (a[unseen].flatten(0, 1) for a in (torch.cat([x, m], -1), y, weight))
+            wrong += (v * (u @ fit - t).square().sum(1)).sum().item()
+            total += (v * t.square().sum(1)).sum().item()
+        assert chosen.scores[cut] == pytest.approx(wrong / total, rel=1e-3)
+    bare = collect(model, w, n_remove=2)
+    with pytest.raises(ValueError, match="no second moments.*moments='all'"):
+        select(stats=bare, n_remove=2, metric="explained")

@@ -6,10 +6,10 @@
 __all__ = ['REGISTRY', 'PARTS', 'RIDGES', 'SKETCH', 'SHARE', 'FAMILIES', 'NEEDS_MOMENTS', 'NEEDS_DOWN', 'RIDGE', 'Evidence',
            'Fit', 'Family', 'patch_family', 'check_family', 'fit_from', 'fit_patch', 'procrustes', 'least_squares',
            'has_part', 'normal_equations', 'part_least_squares', 'foldable_least_squares', 'heldout_error',
-           'cross_errors', 'choose_ridge', 'between', 'with_mlp', 'with_down', 'regression']
+           'cross_errors', 'choose_ridge', 'unexplained', 'between', 'with_mlp', 'with_down', 'regression']
 
 # %% ../../nbs/method/06_families.ipynb #41f84584
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -342,6 +342,18 @@ def choose_ridge(
     errors = cross_errors(evidence, part)
     best = max(r for r, error in errors.items() if error <= (1 + slack) * min(errors.values()))
     return best, errors[best]
+
+# %% ../../nbs/method/06_families.ipynb #dff2ef48
+def unexplained(
+    stats: Stats,  # with moments of the cuts
+    cuts: Sequence[Cut],  # to compare
+) -> dict[Cut, float]:  # least cross-validated error of each, as a part of sum w |y|^2
+    "What no regression on x and m predicts of the state behind each cut."
+    if bare := [cut for cut in cuts if cut not in stats.moments]:
+        raise ValueError(f"there are no second moments of {bare[0]}: collect(..., moments='all')")
+    known = {cut: Evidence(stats, cut) for cut in cuts}
+    parts = {cut: "mlp" if e.moments.has_mlp else "" for cut, e in known.items()}
+    return {cut: choose_ridge(e, parts[cut])[1] for cut, e in known.items()}
 
 # %% ../../nbs/method/06_families.ipynb #e238ffe6
 SHARE = 0.15  # of the typical scale in the target

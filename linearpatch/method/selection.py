@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'METRICS', 'NEEDS', 'Selection', 'plot_selection', 'by_similarity', 'by_influence', 'taylor_importance',
-           'taylor_keep', 'by_taylor', 'by_random', 'by_perplexity', 'by_patch', 'Request', 'Metric', 'given_cuts',
-           'select']
+           'taylor_keep', 'by_taylor', 'by_random', 'by_perplexity', 'by_patch', 'Request', 'by_explained', 'Metric',
+           'given_cuts', 'select']
 
 # %% ../../nbs/method/07_selection.ipynb #5ef42ac4
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration import Windows
-from .families import NEEDS_MOMENTS, check_family, fit_patch
+from .families import NEEDS_MOMENTS, check_family, fit_patch, unexplained
 from .mismatch import Stats
 from .models import decoder_layers, n_layers, remove_layers
 from ..workshop.cuts import Cut, candidates, check_cuts, runs
@@ -79,8 +79,7 @@ def plot_selection(
     ax: plt.Axes | None = None,  # None: a new figure
 ) -> plt.Axes:
     "Scores by start, or by layer; a red dot is chosen, the layers that go are shaded."
-    if ax is None:
-        ax = plt.subplots(figsize=(6, 2.6), dpi=90, layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(6, 2.6), dpi=90, layout="constrained")[1]
     scores, layers, info = selection.scores, set(selection.layers), selection.info
     chosen = [c for c in scores if c in selection.cuts or (c.n == 1 and c.start in layers)]
     ax.plot([c.start for c in scores], list(scores.values()), "o-", color="0.6", lw=1, ms=4)
@@ -325,16 +324,13 @@ class Request:
 
 # %% ../../nbs/method/07_selection.ipynb #fe76a476
 def _depth(model: PreTrainedModel | None, stats: Stats | None) -> int:
-    if model is not None:
-        return n_layers(model)
-    if stats is not None:
-        return stats.n_layers
-    raise ValueError("the number of layers is not known: pass model= or stats=")
+    if model is None and stats is None:
+        raise ValueError("the number of layers is not known: pass model= or stats=")
+    return stats.n_layers if model is None else n_layers(model)
 
 # %% ../../nbs/method/07_selection.ipynb #04dbd51f
-def _check_patch(request):
+def _check_patch(r):
     "ValueError when the patches of a patch-aware choice cannot be fitted."
-    r = request
     check_name(r.objective, OBJECTIVES, "objective")
     check_family(r.patch)
     cuts = _of_size(r.stats, r.n_remove)
@@ -344,6 +340,12 @@ def _check_patch(request):
             f"patch '{r.patch}' needs moments, and stats have none for {bare[0]}: "
             f"collect(model, windows, n_remove={r.n_remove}, moments='all')"
         )
+
+
+def by_explained(r):
+    "The cut whose far side is predicted best from its near side, on windows not fitted to."
+    scores = unexplained(r.stats, _of_size(r.stats, r.n_remove))
+    return Selection([_pick(scores, "min")], "explained", scores, "min")
 
 # %% ../../nbs/method/07_selection.ipynb #c2633d91
 @dataclass(frozen=True)
@@ -377,6 +379,7 @@ RULES: dict[str, Metric] = {
         ),
         _check_patch,
     ),
+    "explained": Metric(["stats"], by_explained),
 }
 METRICS = tuple(RULES)
 NEEDS = {name: metric.needs for name, metric in RULES.items()}

@@ -354,7 +354,7 @@ def _interfaces(model, cuts, patches, ids, mask):
     parts: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
     starts = {cut.start for cut in cuts}
-    watched = {c.start - 1 for c in cuts if patches[c] is not None and patches[c].rewrites_mlp}
+    watched = {c.start - 1 for c in cuts if getattr(patches[c], "rewrites_mlp", False)}
 
     def keep(l, x):
         if l in starts:
@@ -389,7 +389,8 @@ def score_cuts(
         for cut in alive:
             state, patch = states[cut.start], patches[cut]
             if patch is not None:
-                state = patch.apply(state, parts.get(cut.start), inputs.get(cut.start))
+                also = [seen[cut.start] for seen in (parts, inputs) if cut.start in seen]
+                state = patch.apply(state, *also)
             logits = suffixes[cut.stop](state, ids, mask)
             if objective == "kl":
                 values, real = token_kl(intact, logits, mask)

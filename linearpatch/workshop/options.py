@@ -58,7 +58,7 @@ TRAINING, MACHINE = "Training the patch", "Machine"
 SOURCES = ("wikitext2", "c4", "ptb", "passages")
 METRIC_NAMES = (
     *("cosine", "angular", "influence", "cosine-channel"),
-    *("perplexity", "taylor", "random", "patch-aware"),
+    *("perplexity", "taylor", "random", "patch-aware", "explained"),
 )
 FAMILY_NAMES = (
     *("none", "scalar", "diagonal", "hadamard", "procrustes", "lstsq", "mlp", "unweighted"),
@@ -90,7 +90,8 @@ class SelectionOptions:
         "What chooses the layers. cosine, angular: the contiguous layers that change the "
         "direction of the stream least. influence: single layers, the same way. "
         "perplexity: remove greedily what the text misses least. taylor: what the gradient says "
-        "matters least. patch-aware: what costs least after patching. "
+        "matters least. patch-aware: what costs least after patching. explained: what a patch can "
+        "restore best, from the statistics alone. "
         "random; cosine-channel (for comparison with published code).",
         choices=METRIC_NAMES,
     )

@@ -82,7 +82,8 @@ def diagnose_model(
     """One streaming pass and the choice of the cuts, and a second pass for what is needed only there:
     token-wise ratios, second moments. It ends behind the last cut."""
     # with patch-aware, each candidate is scored with its own patch
-    everywhere = request.metric == "patch-aware" and request.patch in NEEDS_MOMENTS | {"auto"}
+    aware = request.metric == "patch-aware" and request.patch in NEEDS_MOMENTS
+    everywhere = aware or request.metric == "explained"
     common: dict[str, Any] = dict(batch_size=request.batch_size, progress=request.progress)
     common["rotation"] = make_rotation(hidden_size(model))
 
@@ -95,7 +96,9 @@ def diagnose_model(
         second = dict(moments=given, down=True) if moments else {}
         stats, part = one_pass(cuts=compared_cuts(request, given), **second)
         return stats, part, _choose(request, model, stats, windows, given)
-    several = dict(moments="all", down=request.patch in NEEDS_DOWN) if everywhere else {}
+    several: dict[str, Any] = dict(moments="all") if everywhere else {}
+    if everywhere and request.metric == "patch-aware":
+        several["down"] = request.patch in NEEDS_DOWN
     stats, _ = one_pass(n_remove=request.remove, ratios=(), **several)
     selection = _choose(request, model, stats, windows, given)
     cuts = selection.cuts
