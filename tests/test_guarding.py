@@ -13,6 +13,7 @@ from linearpatch.method.families import FAMILIES, fit_patch
 from linearpatch.method.mismatch import collect
 from linearpatch.method.models import load_playground
 from linearpatch.method.pruning import prune
+from linearpatch.workshop import guarding
 from linearpatch.workshop.cards import student_card
 from linearpatch.workshop.cuts import Cut
 from linearpatch.workshop.evaluation import kl_divergence
@@ -121,6 +122,15 @@ def test_a_pass_that_ends_behind_the_cut_has_the_same_sums():
     assert torch.equal(whole.abs_sum[: CUT.stop + 1], part.abs_sum[: CUT.stop + 1])
     assert not part.abs_sum[CUT.stop + 1 :].any() and whole.abs_sum[CUT.stop + 1 :].all()
     assert whole.sigma(CUT) == part.sigma(CUT) and whole.cosine == part.cosine
+
+
+def test_sums_that_do_not_fit_are_left_out_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(guarding, "get_max_memory", lambda: {"cpu": 1e6})
+    report = run(tmp_path / "a", cuts=((2, 8),), patch="auto")
+    assert "joint" in report["guard"]["kl"] and "joint-refit" not in report["guard"]["kl"]
+    with pytest.raises(ValueError, match="need 0.0 GiB.*--patch joint or foldable"):
+        run(tmp_path / "b", cuts=((2, 8),), patch="joint-refit")
+    assert not (tmp_path / "b/out").exists()
 
 
 @pytest.mark.parametrize(

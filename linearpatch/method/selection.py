@@ -342,7 +342,9 @@ def _check_patch(r):
         )
 
 
-def by_explained(r):
+def by_explained(
+    r: "Request",  # its statistics have second moments of the candidates
+) -> Selection:
     "The cut whose far side is predicted best from its near side, on windows not fitted to."
     scores = unexplained(r.stats, _of_size(r.stats, r.n_remove))
     return Selection([_pick(scores, "min")], "explained", scores, "min")

@@ -206,7 +206,13 @@ class FirstTokens:
         variance = self.square / self.count - mean.square().sum().item()
         return max(variance, 0.0) ** 0.5 / max(mean.norm().item(), 1e-30)
 
-    def combine(self, other: "FirstTokens", sign: int) -> "FirstTokens":
+    def __add__(self, other: "FirstTokens") -> "FirstTokens":
+        return self._combine(other, 1)
+
+    def __sub__(self, other: "FirstTokens") -> "FirstTokens":
+        return self._combine(other, -1)
+
+    def _combine(self, other: "FirstTokens", sign: int) -> "FirstTokens":
         "Sums of both, or what is left when the other windows are taken away."
         sums: dict[str, Any] = {
             "nearest": min(self.nearest, other.nearest),
@@ -268,12 +274,8 @@ class Moments:
         sums: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             a, b = getattr(self, name), getattr(other, name)
-            if a is None or b is None:
-                sums[name] = None
-            elif name == "first":
-                sums[name] = a.combine(b, sign)
-            else:
-                sums[name] = a + b if sign > 0 else a - b
+            missing = a is None or b is None
+            sums[name] = None if missing else a + b if sign > 0 else a - b
         return Moments(**sums)
 
     def without_first(self) -> "Moments":

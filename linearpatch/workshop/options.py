@@ -109,8 +109,8 @@ class PatchOptions:
         "unweighted: the same with equal votes for all tokens. "
         "mlp: least squares in the last MLP before the seam. foldable: a scaled rotation and that "
         "MLP, which folds away without error. joint: least squares in both. refit: a new last "
-        "matrix for that MLP, a plain model. joint-refit: both, the strongest. none. auto: the best "
-        "of them on calibration windows set aside.",
+        "matrix for that MLP, a plain model. joint-refit: both, the strongest. none. auto: the "
+        "best of them on calibration windows set aside.",
         choices=(*FAMILY_NAMES, "auto"),
     )
     first_token: bool = option(

@@ -38,6 +38,7 @@ from linearpatch.workshop.guarding import (
     Verdict,
     has_constant,
     judge,
+    lacking_memory,
     rival_patches,
     set_aside,
 )
@@ -70,6 +71,16 @@ from .schema import REPORT_VERSION, plain
 from .teacher_cache import TopKCache, cache_teacher
 from .training_state import STATE
 
+# %% ../../nbs/workshop/pipeline.ipynb #e0ce757c
+def _gathers_down(request, model, cuts):
+    "Is there room for the sums of refit? ValueError where its patch was asked for and is not."
+    lack = lacking_memory(model, cuts)
+    if lack and request.patch in NEEDS_DOWN:
+        raise ValueError(f"{lack}: take --patch joint or foldable, or a machine with more")
+    if lack:
+        announce(request, f"{lack}: refit and joint-refit are left out")
+    return not lack
+
 # %% ../../nbs/workshop/pipeline.ipynb #1762d4ff
 def diagnose_model(
     request: RunConfig,  # the request
@@ -79,7 +90,7 @@ def diagnose_model(
     held: Windows | None = None,  # more of them, which the guard will judge by
     moments: bool = False,  # second moments of the chosen cuts
 ) -> tuple[Stats, Stats, Selection]:  # of all windows; of `windows` alone, at the chosen cuts
-    """One streaming pass and the choice of the cuts, and a second pass for what is needed only there:
+    """One streaming pass and the choice of the cuts, and a second pass for what only they need:
     token-wise ratios, second moments. It ends behind the last cut."""
     # with patch-aware, each candidate is scored with its own patch
     aware = request.metric == "patch-aware" and request.patch in NEEDS_MOMENTS
@@ -93,7 +104,7 @@ def diagnose_model(
 
     announce(request, "statistics of every layer and candidate cut")
     if given:
-        second = dict(moments=given, down=True) if moments else {}
+        second = dict(moments=given, down=_gathers_down(request, model, given)) if moments else {}
         stats, part = one_pass(cuts=compared_cuts(request, given), **second)
         return stats, part, _choose(request, model, stats, windows, given)
     several: dict[str, Any] = dict(moments="all") if everywhere else {}
@@ -103,7 +114,7 @@ def diagnose_model(
     selection = _choose(request, model, stats, windows, given)
     cuts = selection.cuts
     announce(request, f"statistics of {', '.join(map(str, cuts))} for the patch")
-    second = dict(moments=cuts, down=True) if moments else {}
+    second = dict(moments=cuts, down=_gathers_down(request, model, cuts)) if moments else {}
     there, part = one_pass(cuts=cuts, whole=False, **second)
     known = dict(pair_sums=stats.pair_sums | there.pair_sums, moments=there.moments)
     known["cuts"] = sorted({*stats.cuts, *cuts})
@@ -170,13 +181,16 @@ def choose_patch(
     announce(request, f"the patch against none, on {len(held)} windows set aside")
     constant = request.bos and has_constant(part, cuts)
     asked = request.patch + FIRST * (request.first_token and request.patch != "auto")
+    names = rival_patches(request.patch, request.first_token, constant, request.fold)
+    if not all(part.moments[cut].has_down for cut in cuts):
+        names = [n for n in names if n == asked or n.removesuffix(FIRST) not in NEEDS_DOWN]
     verdict = judge(
         model,
         part,
         cuts,
         held,
         asked,
-        rival_patches(request.patch, request.first_token, constant, request.fold),
+        names,
         request.averaging,
         request.batch_size,
         request.progress,
