@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import linearpatch.method.families as families
 from linearpatch.method.calibration import Windows
+from linearpatch.method.distillation import distill
 from linearpatch.method.families import (
     FAMILIES,
     NEEDS_DOWN,
@@ -36,7 +37,7 @@ from linearpatch.method.families import (
     with_mlp,
 )
 from linearpatch.method.folding import fold
-from linearpatch.method.fusion import Patch, fuse
+from linearpatch.method.fusion import Patch, first_token, fuse
 from linearpatch.method.mismatch import collect
 from linearpatch.method.models import decoder_layers, n_layers
 from linearpatch.method.pruning import drop_first, patch_modules, prune
@@ -566,6 +567,61 @@ def test_the_constant_is_right_with_padding_cache_and_chunks(name):
         left = dict() if name == "opt" else dict(position_ids=position)
         logits = student(padded, attention_mask=mask, use_cache=False, **left).logits[:, 4:]
         torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_constant_holds_while_text_is_written(cache):
+    "Greedy tokens one at a time, from a cache, are those of full passes over the text so far."
+    teacher, cuts, w = make("llama"), [Cut(1, 2), Cut(3, 4)], with_bos()
+    stats = collect(teacher, w, cuts=cuts, moments=cuts)
+    patches = [fit_patch(stats, cut, "hadamard", first=True) for cut in cuts]
+    student = prune(teacher, cuts, patches).eval()
+    assert all(hasattr(patch, "first_token") for patch in patch_modules(student))
+    ids = w.ids[:2, :8]
+    kind = dict(cache_implementation="static") if cache == "static" else {}
+    written = student.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, **kind
+    )
+    text = ids
+    with torch.no_grad():
+        for _ in range(written.shape[1] - ids.shape[1]):
+            best = student(text, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            text = torch.cat([text, best], 1)
+    assert torch.equal(written, text)
+
+
+def test_the_constant_is_right_with_padding_behind():
+    teacher, cut, w = make("llama"), Cut(2, 4), with_bos()
+    stats = collect(teacher, w, cuts=[cut], moments=[cut])
+    student = prune(teacher, cut, fit_patch(stats, cut, "joint", first=True)).eval()
+    ids, mask = torch.full((2, 28), 2), torch.zeros(2, 28, dtype=torch.long)
+    ids[:, :24], mask[:, :24] = w.ids[:2], 1
+    with torch.no_grad():
+        padded = student(ids, attention_mask=mask, use_cache=False).logits[:, :24]
+        torch.testing.assert_close(
+            padded, student(w.ids[:2], use_cache=False).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_training_leaves_the_constant_as_it_is():
+    teacher, cut, w = make("llama"), Cut(2, 4), with_bos(16)
+    stats = collect(teacher, w, cuts=[cut], moments=[cut])
+    student = prune(teacher, cut, fit_patch(stats, cut, "hadamard", first=True))
+    (patch,) = patch_modules(student)
+    before = [p.clone() for p in (patch.weight, *patch.first_token.parameters())]
+    distill(student, w, teacher=teacher, lr=1e-2, heldout=2)
+    after = [patch.weight, *patch.first_token.parameters()]
+    assert not torch.equal(before[0], after[0])
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:]))
+
+
+def test_a_state_of_zeros_is_not_the_first_token():
+    token = first_token(torch.zeros(4), torch.ones(4))
+    h, out = torch.zeros(2, 4), torch.full((2, 4), 3.0)
+    assert torch.equal(token(h, out), out)
+    token = first_token(torch.ones(4), 5 * torch.ones(4))
+    h = torch.tensor([[1.0, 1.0, 1.0, 1.02], [1.0, 1.0, 1.0, 2.0]])
+    assert token(h, out).tolist() == [[5.0] * 4, [3.0] * 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

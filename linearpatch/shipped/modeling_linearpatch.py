@@ -50,7 +50,8 @@ class FirstToken(nn.Module):
         "`out`, with the state `after` wherever h is the state `before`."
         before = self.before.float()
         distance = (h.float() - before).norm(dim=-1, keepdim=True)
-        return torch.where(distance <= FIRST * before.norm(), self.after.to(out.dtype), out)
+        # below, not at: a state of zeros is nobody's
+        return torch.where(distance < FIRST * before.norm(), self.after.to(out.dtype), out)
 
 
 def times_matrix(
