@@ -169,8 +169,10 @@ def test_demo_student_has_a_card(demo):
 def test_readme_prints_the_demo(demo):
     "The table in README.md holds the numbers that the demo finds."
     text = (root / "README.md").read_text(encoding="utf-8")
-    lines = [l.strip() for l in text.splitlines() if re.match(r"\s*(dense|pruned|\+ \w+)\b.*\d", l)]
-    lines = {re.match(r"\+? ?\w+", l)[0]: l for l in lines}
+    lines = [
+        l.strip() for l in text.splitlines() if re.match(r"\s*(dense|pruned|\+ [\w-]+)\b.*\d", l)
+    ]
+    lines = {re.match(r"\+? ?[\w-]+", l)[0]: l for l in lines}
     for row in rows(Report.load(demo[0])):
         shown = float(re.findall(r"[\d,]+\.\d+", lines[row["name"]])[0].replace(",", ""))
         assert shown == pytest.approx(row["cells"]["passages"][0], rel=5e-3), row["name"]
