@@ -35,6 +35,7 @@ from transformers import (
 from transformers.utils import logging
 
 from linearpatch.workshop.architectures import (
+    Facts,
     check_decoder,
     check_sharing,
     layers_name,
@@ -47,6 +48,7 @@ from linearpatch.workshop.architectures import (
 from ..workshop.cuts import CutsLike, check_cuts
 from ..workshop.gguf import gguf_config, gguf_tokenizer, load_gguf
 from ..workshop.places import check_folder, gguf_path, playground_path
+from ..workshop.removal import check_removal
 
 # %% ../../nbs/method/00_models.ipynb #9ed8771f
 PLAYGROUND_SEQ_LEN = 128  # tokens a window: the length that the playground was trained on
@@ -97,12 +99,28 @@ def _copy_without(
         memo |= {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo)
 
+
+def _shorten(model: PreTrainedModel, kept: list[int], indices: list[Facts]) -> PreTrainedModel:
+    "Delete the layers that are not `kept`, renumber the others, bring the config in step."
+    name, layers = layers_name(model), decoder_layers(model)
+    for i in reversed(range(len(layers))):
+        if i not in kept:
+            del layers[i]
+    for layer, new in zip(layers, indices):
+        for (path, attribute), j in new.items():
+            setattr(layer.get_submodule(path), attribute, j)
+    for config in text_configs(model):
+        prune_config(config, kept)
+    renumber_device_map(model, name, kept)
+    return model
+
 # %% ../../nbs/method/00_models.ipynb #a594c4e7
 def remove_layers(
     model: PreTrainedModel,  # the teacher
     cuts: CutsLike,  # what `check_cuts` takes: a Cut, or several
     inplace: bool = False,  # change `model` itself (where it fits into memory only once)
     share: bool = False,  # a new model over the *same* weight tensors: training one trains both
+    check: bool = True,  # run a few tokens first, see `check_removal`
 ) -> PreTrainedModel:  # the shorter model, renumbered, its config in step
     """Remove layers; the teacher is untouched unless `inplace`.
 
@@ -115,19 +133,17 @@ def remove_layers(
     removed = [i for c in check_cuts(cuts, n_layers(model)) for i in c]
     kept = [i for i in range(n_layers(model)) if i not in removed]
     check_sharing(model)
-    indices = new_indices(model, kept) if removed else []
-    if not inplace:
-        model = _copy_without(model, decoder_layers(model), removed, share)
-    name, layers = layers_name(model), decoder_layers(model)
-    for i in reversed(removed):
-        del layers[i]
-    for layer, new in zip(layers, indices):
-        for (path, attribute), j in new.items():
-            setattr(layer.get_submodule(path), attribute, j)
-    for config in text_configs(model) if removed else []:
-        prune_config(config, kept)
-    renumber_device_map(model, name, kept)
-    return model
+    layers = decoder_layers(model)
+    if not removed:
+        return model if inplace else _copy_without(model, layers, removed, share)
+    indices = new_indices(model, kept)
+
+    def shorter(share: bool) -> PreTrainedModel:
+        return _shorten(_copy_without(model, layers, removed, share), kept, indices)
+
+    if check:
+        check_removal(model, removed, lambda: shorter(share=True))
+    return _shorten(model, kept, indices) if inplace else shorter(share)
 
 # %% ../../nbs/method/00_models.ipynb #23a1fade
 def _no_safetensors(name: str) -> ValueError:

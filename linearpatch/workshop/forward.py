@@ -276,7 +276,8 @@ class Suffix:
         stop: int,  # first layer of the suffix, 0 to L; for L only norm and head are left
     ):
         first = min(stop, n_layers(model) - 1)  # a model has at least one layer
-        self.model = remove_layers(model, [Cut(0, first)] if first else [], share=True)
+        before = [Cut(0, first)] if first else []
+        self.model = remove_layers(model, before, share=True, check=False)
         self.state: Tensor | None = None
         layer = decoder_layers(self.model)[0]
         if first == stop:  # first in the list of hooks: a patch comes after it
