@@ -335,6 +335,69 @@ def test_patch_follows_the_device():
         )
 
 
+class Stored(torch.nn.Module):
+    "A matrix in eight bits, as a quantizer leaves it: the weight only stores."
+
+    def __init__(self, linear):
+        super().__init__()
+        whole = linear.weight.data
+        self.size = whole.abs().max() / 127
+        self.weight = torch.nn.Parameter((whole / self.size).round().to(torch.int8), False)
+        self.bias = linear.bias
+
+    def forward(self, h):
+        return torch.nn.functional.linear(h, self.weight.to(h.dtype) * self.size, self.bias)
+
+
+def in_eight_bits(module):
+    "Every nn.Linear is replaced, as bitsandbytes and its kin do."
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.Linear):
+            setattr(module, name, Stored(child))
+        else:
+            in_eight_bits(child)
+    return module
+
+
+def test_a_quantizer_leaves_the_patch_alone(tmp_path):
+    "In eight bits a student is as far from itself as its teacher is from its own."
+
+    def rounding(model):
+        exact = logits(model)
+        return (logits(in_eight_bits(model)) - exact).norm() / exact.norm()
+
+    teacher = make("llama")
+    student = prune(teacher, CUTS["many"], patches_for(CUTS["many"]))
+    whole = [patch.weight.clone() for patch in patch_modules(student)]
+    student.save_pretrained(tmp_path)
+    read = tf.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    off = rounding(teacher)
+    for model in (student, read):
+        assert 0 < rounding(model) < 3 * off < 0.5
+        assert all(map(torch.equal, [p.weight for p in patch_modules(model)], whole))
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_the_stream_is_never_cast_to_a_type_that_only_stores(storage):
+    from linearpatch.shipped.modeling_linearpatch import times_matrix
+
+    class Packed(torch.nn.Module):
+        "Its weight is stored in another type than it computes in."
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4, 4).to(storage), False)
+
+        def forward(self, h):
+            assert h.dtype.is_floating_point and h.dtype.itemsize > 1
+            return 2 * h
+
+    h = torch.tensor([[0.25, -0.5, 3.75, 0.1]])
+    for dtype in (torch.float32, torch.bfloat16):
+        out = times_matrix(Packed(), h.to(dtype))
+        assert out.dtype == dtype and torch.equal(out, 2 * h.to(dtype))
+
+
 # -- bad input
 
 

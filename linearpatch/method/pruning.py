@@ -9,7 +9,6 @@ __all__ = ['interfaces', 'patch_modules', 'teacher_fingerprint', 'guard', 'prune
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .fusion import Patch
@@ -23,6 +22,7 @@ from linearpatch.method.models import (
 )
 from linearpatch.shipped.modeling_linearpatch import (
     NAMES,
+    PatchMatrix,
     add_patch,
     plain_class,
     student_class,
@@ -49,7 +49,7 @@ def interfaces(
 # %% ../../nbs/method/08_pruning.ipynb #2d1a87bc
 def patch_modules(
     student: PreTrainedModel,  # what `prune` or `load_student` returned
-) -> list[nn.Linear]:  # in the order of the cuts; `weight` is P transposed
+) -> list[PatchMatrix]:  # in the order of the cuts; `weight` is P transposed
     "The patches of a student (an empty list if it has none)."
     layers = decoder_layers(student)
     return [

@@ -33,6 +33,26 @@ NAMES = {"input": "linear_patch", "output": "linear_patch_out"}
 
 # how near to the state of the first token another has to be to count as that, by its length
 FIRST = 0.05
+# number formats that hidden states are computed in; others only store (integers, 8-bit floats)
+COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class PatchMatrix(nn.Module):
+    """P transposed, (C, C), as `weight`: a linear map that is no `nn.Linear`.
+
+    What quantizes a model, or puts adapters on "all linear layers", looks for `nn.Linear`. The
+    patch is small, and 8 or 4 bits of it would be worth nothing."""
+
+    def __init__(self, hidden, device=None, dtype=None):
+        super().__init__()
+        self.in_features = self.out_features = hidden
+        self.weight = nn.Parameter(torch.empty(hidden, hidden, device=device, dtype=dtype))
+
+    def forward(self, h):
+        return nn.functional.linear(h, self.weight)
+
+    def extra_repr(self):
+        return f"{self.in_features} x {self.out_features}"
 
 
 class FirstToken(nn.Module):
@@ -64,7 +84,9 @@ def times_matrix(
     if weight.device.type != "meta" and weight.device != h.device:
         h = h.to(weight.device)
     with torch.autocast(h.device.type, enabled=False):
-        out = patch(h.to(weight.dtype)).to(dtype)
+        # never into a format that only stores: a state rounded to integers is garbage
+        h = h.to(weight.dtype) if weight.dtype in COMPUTES else h
+        out = patch(h).to(dtype)
         first = getattr(patch, "first_token", None)
         return out if first is None else first(h, out)
 
@@ -100,7 +122,7 @@ def add_patch(
     first: tuple[torch.Tensor, torch.Tensor] | bool = False,  # see FirstToken; True: to be loaded
 ) -> None:
     "Register a patch on one side of a layer, with the hook that applies it."
-    patch = nn.Linear(hidden, hidden, bias=False, device=None if weight is None else "meta")
+    patch = PatchMatrix(hidden, device=None if weight is None else "meta")
     if weight is not None:
         patch.weight = nn.Parameter(weight)
     if first:
