@@ -1,7 +1,13 @@
 "What touches the stream of a model, in every kind of layer."
 
+import importlib
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from stream_models import make
 
 from linearpatch.method.models import decoder_layers
@@ -43,6 +49,50 @@ def test_a_norm_does_what_was_read(name):
     want = centered / size * n.gain + (0 if n.bias is None else n.bias)
     with torch.no_grad():
         torch.testing.assert_close(module(x.float()).double(), want, atol=1e-4, rtol=1e-4)
+
+
+def norms_with_one_added():
+    "The norms of transformers that compute with 1 + weight, found in its source, but for one that scales its output besides."
+    added = re.compile(r"\b1(\.0)? \+ self\.weight|self\.weight(\.float\(\))? \+ 1\b")
+    models = Path(transformers.__file__).parent / "models"
+    for file in sorted(models.glob("*/modeling_*.py")):
+        if not added.search(text := file.read_text(encoding="utf-8")):
+            continue
+        module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+        for name in re.findall(r"^class (\w*Norm\w*)\(", text, re.MULTILINE):
+            if added.search(inspect.getsource(getattr(module, name))) and "Scaled" not in name:
+                yield getattr(module, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low, high", [(0.5, 1.5), (10, 130), (100, 130)])
+def test_one_plus_weight_is_told_from_weight(low, high, dtype):
+    "Also with gains as trained Gemmas have them, where 1 more or less is one percent."
+    found = list(norms_with_one_added())
+    assert {"GemmaRMSNorm", "Gemma3RMSNorm", "NemotronLayerNorm1P", "Qwen3NextRMSNorm"} <= {
+        norm.__name__ for norm in found
+    }
+    plain = [
+        torch.nn.RMSNorm,
+        torch.nn.LayerNorm,
+        transformers.models.llama.modeling_llama.LlamaRMSNorm,
+    ]
+    g = torch.Generator().manual_seed(0)
+    for norm, offset in [*((n, 1.0) for n in found), *((n, 0.0) for n in plain)]:
+        module, gain = norm(32), low + (high - low) * torch.rand(32, generator=g)
+        module.weight.data = gain - offset
+        read = read_norm(module.to(dtype), 32)
+        assert read.offset == offset, norm
+        torch.testing.assert_close(read.gain.float(), gain, rtol=0.01, atol=0.01)
+
+
+def test_a_norm_of_another_kind_is_refused():
+    class Doubled(transformers.models.llama.modeling_llama.LlamaRMSNorm):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    with pytest.raises(ValueError, match="neither a LayerNorm nor an RMSNorm"):
+        read_norm(Doubled(32), 32)
 
 
 def test_watching_leaves_no_hook():

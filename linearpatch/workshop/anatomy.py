@@ -196,16 +196,16 @@ class StreamNorm:
     eps: float  # added to the mean square
 
 
-def _respond(module, C):
+def _respond(module, C, eps):
     "A norm's answer to random numbers, the numbers divided by their size, and whether it centres."
     p = next(module.parameters(), torch.zeros(1))
-    x = torch.randn(64, C, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, C, generator=torch.Generator().manual_seed(0)).to(p)
     with torch.no_grad():
-        out, moved = (module(v.to(p)).cpu().double() for v in (x, x + 1))
-    centered, x = bool((out - moved).norm() < 0.1 * out.norm()), x.double()
+        out, moved = (module(v).cpu().double() for v in (x, x + 1))
+    centered, x = bool((out - moved).norm() < 0.1 * out.norm()), x.cpu().double()
     if centered:
         x = x - x.mean(-1, keepdim=True)
-    return out, x / x.square().mean(-1, keepdim=True).sqrt(), centered
+    return out, x / (x.square().mean(-1, keepdim=True) + eps).sqrt(), centered
 
 
 def read_norm(
@@ -213,17 +213,19 @@ def read_norm(
     C: int,  # its width
 ) -> StreamNorm:  # what it computes
     "Try a norm on random numbers; ValueError for one that is neither LayerNorm nor RMSNorm."
-    out, unit, centered = _respond(module, C)
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", 0.0))
+    eps = 0.0 if eps is None else eps  # of PyTorch's RMSNorm: the smallest step of its type
+    out, unit, centered = _respond(module, C, eps)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     bias = None if bias is None else bias.detach().cpu().double()
     measured = ((out - (0 if bias is None else bias)) * unit).sum(0) / unit.square().sum(0)
-    eps = getattr(module, "eps", getattr(module, "variance_epsilon", 0.0))
-    for offset in (0.0, 1.0):
-        gain = torch.ones(C, dtype=torch.float64)
-        if weight is not None:
-            gain = weight.detach().cpu().double() + offset
-        if (measured - gain).norm() <= 0.03 * gain.norm():
-            return StreamNorm(gain, bias, offset, centered, eps)
+    stored = torch.zeros(C) if weight is None else weight.detach().cpu()
+    # trained gains can be 100, so 1 + w differs little from w: the nearest counts
+    gains = {o: stored.double() + o for o in ((1.0,) if weight is None else (0.0, 1.0))}
+    offset = min(gains, key=lambda o: (measured - gains[o]).norm().item())
+    gain, close = gains[offset], 3e-3 if stored.dtype == torch.float32 else 0.03
+    if (measured - gain).norm() <= close * gain.norm():
+        return StreamNorm(gain, bias, 0.0 if weight is None else offset, centered, eps)
     raise ValueError(
         f"{type(module).__name__} is neither a LayerNorm nor an RMSNorm: "
         "its model cannot be folded, keep the student unfolded"
