@@ -13,6 +13,7 @@ cfg = parser["DEFAULT"]
 evaluation = cfg["eval_requirements"].split()
 serving = cfg["serve_requirements"].split()
 gguf = cfg["gguf_requirements"].split()
+adapters = cfg["adapters_requirements"].split()
 development = cfg["dev_requirements"].split()
 status = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}[cfg["status"]]
 readme = here / "README.md"
@@ -42,7 +43,8 @@ setup(
         "eval": evaluation,
         "gguf": gguf,
         "serve": serving,
-        "dev": evaluation + gguf + serving + development,
+        "adapters": adapters,
+        "dev": evaluation + gguf + serving + adapters + development,
     },
     packages=find_packages(include=["linearpatch", "linearpatch.*"]),
     package_data={

@@ -103,10 +103,11 @@ def test_one_list_of_requirements(metadata):
     extra = lambda name: names(r for r in found if re.search(rf"extra == .{name}.", r))
     assert extra("eval") == names(cfg["eval_requirements"].split())
     assert extra("serve") == names(cfg["serve_requirements"].split())
+    assert extra("adapters") == names(cfg["adapters_requirements"].split())
     assert extra("gguf") == names(cfg["gguf_requirements"].split())
-    assert extra("dev") == extra("eval") | extra("gguf") | extra("serve") | names(
-        cfg["dev_requirements"].split()
-    )
+    assert extra("dev") == extra("eval") | extra("gguf") | extra("serve") | extra(
+        "adapters"
+    ) | names(cfg["dev_requirements"].split())
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"version", "dependencies", "optional-dependencies"} <= set(project["dynamic"]), (
         "settings.ini is the one place"

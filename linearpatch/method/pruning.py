@@ -7,6 +7,7 @@ __all__ = ['interfaces', 'patch_modules', 'teacher_fingerprint', 'guard', 'prune
 
 # %% ../../nbs/method/08_pruning.ipynb #1158c3f3
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -127,6 +128,14 @@ def _check_mlp(model, cuts, patches):
             )
 
 # %% ../../nbs/method/08_pruning.ipynb #19fffa60
+def _name(student: PreTrainedModel, record: dict) -> None:
+    "A student is a model of its own: nothing that is made from it may name the teacher."
+    teacher = Path(record["teacher"]["name"] or type(student).__name__).name
+    gone = "_".join(f"{start}-{stop}" for start, stop in record["cuts"])
+    student.config._name_or_path = f"student-of-{teacher}-without-{gone}"
+    student.name_or_path = student.config._name_or_path  # type: ignore[assignment]
+
+
 def _record(model, cuts):
     "What the config of a student says about it, the patches not yet counted."
     return {
@@ -221,6 +230,7 @@ def prune(
         if patch is not None:
             _insert(student, patch, cut, place, dtype, record)
     student.config.linearpatch = record
+    _name(student, record)
     return guard(student)
 
 # %% ../../nbs/method/08_pruning.ipynb #e6772927

@@ -204,11 +204,13 @@ def seal_folder(student, folder, base):
     "Turn a folder that the base class wrote into one that plain loaders refuse, and add this file."
     path = Path(folder) / "config.json"
     config = sealed_config(json.loads(path.read_text(encoding="utf-8")), student, base)
-    home = str(getattr(student.config, "_name_or_path", ""))
-    if config["linearpatch"]["model"]["remote"] and home:
-        for file in Path(home).glob("*.py"):  # the base model's code, where it is not there yet
-            if not path.with_name(file.name).exists():
-                shutil.copy(file, folder)
+    teacher = config["linearpatch"].get("teacher", {}).get("name")
+    homes = [getattr(student.config, "_name_or_path", ""), teacher]
+    if config["linearpatch"]["model"]["remote"]:
+        for home in filter(None, homes):
+            for file in Path(home).glob("*.py"):  # the base model's code, where it is not there yet
+                if not path.with_name(file.name).exists():
+                    shutil.copy(file, folder)
     code = Path(__file__).read_text(encoding="utf-8")
     path.with_name(f"{STEM}.py").write_text(code, encoding="utf-8")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -261,10 +263,32 @@ def base_class(path, model, auto):
     return getattr(transformers, model["architecture"])
 
 
+def empty_config(base, name):
+    "An object of such a class, to be filled: what copies and pickles of one begin with."
+    return object.__new__(config_class(base, name))
+
+
 @functools.lru_cache
-def config_class(base):
-    "A class like `base` that no table of transformers pairs with a plain model."
-    return type("LinearPatchConfig", (base,), {"__module__": __name__})
+def config_class(base, name="LinearPatchConfig"):
+    """A class like `base` that reads its own folder, sealed as it is.
+
+    Under its own name no table of transformers pairs it with a plain model."""
+
+    class Config(base):
+        @classmethod
+        def from_pretrained(cls, path, **kwargs):
+            values, rest = cls.get_config_dict(path, **kwargs)
+            if values.get("model_type") == "linearpatch":
+                return read_config(path, values, **rest)
+            return base.from_pretrained(path, **kwargs)
+
+        def __reduce_ex__(self, protocol):
+            return empty_config, (base, name), vars(self).copy()
+
+    Config.__name__ = Config.__qualname__ = name
+    # under the base's name it stands for the base, where transformers looks for the base's code
+    Config.__module__ = base.__module__ if name == base.__name__ else __name__
+    return Config
 
 
 def read_config(path, values, **kwargs):

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..method.pruning import guard, patch_modules
 from ..shipped import modeling_linearpatch
-from ..shipped.modeling_linearpatch import load_patched
+from ..shipped.modeling_linearpatch import config_class, load_patched
 from .cuts import Cut
 
 # %% ../../nbs/workshop/student_code.ipynb #489c7f74
@@ -66,7 +66,8 @@ def build_student(
     student, _ = load_patched(str(folder), config, **where)
     record = student.config.linearpatch
     auto_map = record.pop("model").get("auto_map")
-    student.config.__class__ = type(student.config).__mro__[1]
+    plain = type(student.config).__mro__[1]
+    student.config.__class__ = config_class(plain, plain.__name__)  # reads its own folder again
     if auto_map:
         student.config.auto_map = auto_map
     else:
