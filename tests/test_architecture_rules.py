@@ -177,6 +177,10 @@ def test_multimodal():
         ),
         (lambda: tf.DiffLlamaConfig(**llama), r"lambda_init"),
         (
+            lambda: tf.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=6),
+            "rescale_every = 6",
+        ),
+        (
             lambda: tf.JambaConfig(
                 **{k: v for k, v in llama.items() if k != "max_position_embeddings"},
                 num_experts=4,
@@ -200,6 +204,15 @@ def test_refused(config, match):
     with pytest.raises(ValueError, match=match):
         remove_layers(model, Cut(1, 3), inplace=True)
     assert n_layers(model) == 6 and model.config.to_dict() == before
+
+
+def test_a_borrowed_choice_of_tokens_is_refused():
+    model = make("llama")
+    model.config.indexer_types = ["full", "shared"] * 3
+    with pytest.raises(ValueError, match=r"layers \[1, 3, 5\] take the choice of tokens"):
+        remove_layers(model, Cut(1, 3))
+    model.config.indexer_types = ["full"] * 6
+    assert n_layers(remove_layers(model, Cut(1, 3))) == 4
 
 
 def test_shared_keys_are_refused():

@@ -349,7 +349,7 @@ def test_from_the_hub(saved, monkeypatch):
         "get_config_dict",
         classmethod(
             lambda cls, name, **kw: (
-                json.loads((saved / name.split("/")[1] / "config.json").read_text()),
+                json.loads((saved / name.split("/")[-1] / "config.json").read_text()),
                 kw,
             )
         ),

@@ -223,7 +223,7 @@ class bypass:
             def through(layer, args, kwargs, out):
                 h = args[0] if args else kwargs["hidden_states"]
                 h = h if P is None else h @ P.to(h)
-                return (h, *out[1:]) if isinstance(out, tuple) else h
+                return h if isinstance(out, torch.Tensor) else type(out)([h, *out[1:]])
 
             return through
 

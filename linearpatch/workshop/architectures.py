@@ -350,7 +350,7 @@ def new_indices(
         forced = _forced(config) - _forced(model.config)
         old, new = _skeleton(model, copy.deepcopy(model.config)), _skeleton(model, config)
     except Exception as e:
-        raise ValueError(f"{what}: its config cannot describe the rest ({e}); {_REMEDY}") from e
+        raise ValueError(f"{what}: its config cannot describe the rest ({e!r}); {_REMEDY}") from e
     if forced:
         raise ValueError(
             f"{what}: read again, the pruned config would have another {sorted(forced)[0]}; "
@@ -383,4 +383,16 @@ def check_sharing(
         raise ValueError(
             f"{what}: each divides its attention by its own number "
             "(scale_attn_by_inverse_layer_idx), which a removal changes; choose another model"
+        )
+    kinds = getattr(config, "indexer_types", None) or []
+    if borrowed := [i for i, kind in enumerate(kinds) if kind == "shared"]:
+        raise ValueError(
+            f"{what}: layers {borrowed[:4]} take the choice of tokens from a layer before them "
+            "(indexer_types), so removing one changes others; choose another model"
+        )
+    if (every := getattr(config, "rescale_every", 0)) > 0:
+        raise ValueError(
+            f"{what}: its stream and its weights are halved at every layer whose number is a "
+            f"multiple of rescale_every = {every}, which a removal shifts; "
+            "load the model with rescale_every=0"
         )

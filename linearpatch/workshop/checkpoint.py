@@ -87,6 +87,8 @@ def read_student(
         )
     if model.remote and not model.auto_map:
         raise ValueError(f"{name}/config.json does not name the base model's own code")
+    # once more, by transformers' reader: it knows how an infinity is written
+    values, _ = PretrainedConfig.get_config_dict(str(folder))
     return folder, read_sealed_config(str(folder), values, name_or_path=str(folder))
 
 # %% ../../nbs/workshop/checkpoint.ipynb #3dc39f77

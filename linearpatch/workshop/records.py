@@ -15,7 +15,12 @@ from typing import Any, Literal, get_args
 import transformers
 from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator, model_validator
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+)
 
 from ..shipped.modeling_linearpatch import NAMES, entry_of
 from .cuts import Cut, check_cuts
@@ -134,7 +139,11 @@ def _check_architecture(model: BaseModelRecord) -> None:
         raise ValueError(f"this version of transformers has no model type {model.model_type!r}")
     if not (inspect.isclass(base) and issubclass(base, PreTrainedModel)):
         raise ValueError(f"this version of transformers has no model {model.architecture!r}")
-    if base.config_class is not CONFIG_MAPPING[model.model_type]:
+    config = CONFIG_MAPPING[model.model_type]
+    # some classes serve the configs of other models, too: transformers' own tables say which
+    tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    paired = [table[config] for table in tables if config in table]
+    if base.config_class is not config and base not in paired:
         raise ValueError(f"{model.architecture} is no {model.model_type!r} model")
 
 # %% ../../nbs/workshop/records.ipynb #a9ab0cf2

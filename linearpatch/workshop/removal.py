@@ -27,7 +27,7 @@ def bypass(
 
     def hand_on(layer, args, kwargs, out):
         h = args[0] if args else kwargs["hidden_states"]
-        return (h, *out[1:]) if isinstance(out, tuple) else h
+        return h if isinstance(out, Tensor) else type(out)([h, *out[1:]])  # a tuple, or a list
 
     handles = [layers[i].register_forward_hook(hand_on, with_kwargs=True) for i in removed]
     try:
