@@ -78,6 +78,7 @@ GROUND = {
     "gguf",
     "places",
     "prefix",
+    "removal",
     "rewriting",
     "streaming",
     "texts",

@@ -1,11 +1,12 @@
 "Architectures of transformers, each cut in six ways: right, or refused with the reason, and never silently wrong."
 
 import importlib.util
+import json
 
 import pytest
 import torch
 import transformers as tf
-from repo import root
+from repo import nbs, root
 from tiny import FakePatch
 
 from linearpatch.method.models import remove_layers
@@ -46,6 +47,15 @@ def test_right_or_refused(name):
 
 def test_45_of_those_that_are_there():
     assert len(FIXED) == len(set(FIXED)) == 45 and set(FIXED) <= set(sweep.names())
+
+
+def test_the_page_says_what_the_record_says():
+    record = json.loads(sweep.RECORD.read_text(encoding="utf-8"))
+    page = (nbs / "sweep.qmd").read_text(encoding="utf-8")
+    assert sweep.filled(page, record) == page, "run python tools/sweep.py --page"
+    wrong = {n for n, row in record["models"].items() if "wrong" in kinds(row).values()}
+    assert wrong == {"plbart", "youtu"}, "known faults, which the page names"
+    assert all(set(kinds(record["models"][n]).values()) <= {"right", "refused"} for n in FIXED)
 
 
 def test_it_sees_what_is_wrong(monkeypatch):
