@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from repo import load
-from tiny import FakePatch, liven
+from repo import load, root
+from safetensors import safe_open
+from tiny import IDS, FakePatch, liven, make
 
 from linearpatch.method.folding import fold
-from linearpatch.method.models import load_model
-from linearpatch.method.pruning import prune
-from linearpatch.workshop.checkpoint import save_student
+from linearpatch.method.models import hidden_size, load_model, load_playground
+from linearpatch.method.pruning import patch_modules, prune
+from linearpatch.workshop.checkpoint import load_student, save_student
 from linearpatch.workshop.cuts import Cut
 from linearpatch.workshop.gguf import gguf_tokenizer
 from linearpatch.workshop.places import packaged_gguf
 
-NBS = Path(__file__).resolve().parent.parent / "nbs"
+sys.path.insert(0, str(root / "tools"))
+import walk_roads
+
+NBS = root / "nbs"
 RECORD = json.loads((NBS / "records/roads.json").read_text())
 LLAMA_CPP = os.environ.get("LLAMA_CPP", "")
 
@@ -42,6 +47,17 @@ def printed(name):
             text = data.get("text/markdown") or data.get("text/plain") or out.get("text", "")
             texts.append("".join(text))
     return "\n".join(texts)
+
+
+def student_as(kind):
+    "A tiny student with a patch, folded, or without."
+    torch.manual_seed(0)
+    teacher = make("llama")
+    if kind == "pruned":
+        return prune(teacher, Cut(2, 4))
+    patch = FakePatch(1.5 * torch.linalg.qr(torch.randn(32, 32).double())[0], Cut(2, 4))
+    student = prune(teacher, Cut(2, 4), patch)
+    return fold(student) if kind == "folded" else student
 
 
 def greedy(model, ids, n=24):
@@ -117,3 +133,137 @@ def test_llama_cpp_runs_students(tmp_path):
         assert (
             back(torch.tensor([ids])).logits - student(torch.tensor([ids])).logits
         ).abs().max() < 1e-4
+
+
+# The student as a draft of its own teacher
+
+
+def test_a_draft_leaves_the_text_alone():
+    teacher, tokenizer = load_playground()
+    ids = tokenizer("The old man came to the river", return_tensors="pt").input_ids
+    how = dict(max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    alone = teacher.generate(ids, **how)
+    for patch in (None, FakePatch(0.9 * torch.eye(hidden_size(teacher)), Cut(2, 4))):
+        draft = prune(teacher, Cut(2, 4), patch, share=True)
+        calls = []
+        handle = draft.register_forward_hook(lambda *a: calls.append(1))
+        assert torch.equal(teacher.generate(ids, assistant_model=draft, **how), alone)
+        handle.remove()
+        assert calls  # the draft was asked
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("kind", ["patched", "folded", "pruned"])
+def test_adapters_of_students(kind, tmp_path):
+    "Trained on a loaded student, saved, loaded, merged, saved; the adapter names the student."
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    home, adapter, merged = (tmp_path / x for x in ("student", "adapter", "merged"))
+    save_student(student_as(kind), home)
+    how = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_student(home), how)
+    assert not any("linear_patch" in n for n, p in model.named_parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    want = model.eval()(IDS).logits
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(home)
+    again = peft.PeftModel.from_pretrained(load_student(home), adapter).eval()
+    torch.testing.assert_close(again(IDS).logits, want)
+    save_student(again.merge_and_unload(), merged)
+    back = load_student(merged)
+    torch.testing.assert_close(back(IDS).logits, want, atol=1e-4, rtol=1e-4)
+    assert bool(patch_modules(back)) == (kind == "patched")
+
+
+# ONNX Runtime and OpenVINO
+
+
+@pytest.mark.parametrize("kind", ["patched", "folded"])
+def test_onnx_holds_students(kind, tmp_path):
+    for package in ("onnxruntime", "onnxscript", "openvino"):
+        pytest.importorskip(package)
+    student, file = student_as(kind), str(tmp_path / "student.onnx")
+    walk_roads.export_onnx(student, file)
+    for start in (walk_roads.in_onnxruntime, walk_roads.in_openvino):
+        run = start(file)
+        for ids in (IDS[0].tolist(), IDS[0, :5].tolist()):
+            want = student(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(run(ids), want, atol=1e-4, rtol=1e-4)
+
+
+# Quantization
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize("tool", ["bits_and_bytes", "torchao_bits"])
+def test_patches_stay_out_of_quantization(tool, tmp_path):
+    pytest.importorskip(dict(bits_and_bytes="bitsandbytes", torchao_bits="torchao")[tool])
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6)
+    config = tf.LlamaConfig(vocab_size=256, num_attention_heads=4, **sizes)
+    teacher = liven(tf.LlamaForCausalLM(config)).eval()
+    patch = FakePatch(1.5 * torch.linalg.qr(torch.randn(64, 64).double())[0], Cut(2, 4))
+    student = prune(teacher, Cut(2, 4), patch)
+    save_student(student, tmp_path / "student")
+    for bits, near in ((8, 0.99), (4, 0.8)):
+        small = getattr(walk_roads, tool)(tmp_path / "student", bits, False)
+        (mine,) = patch_modules(small)
+        assert type(mine) is torch.nn.Linear and type(mine.weight) is torch.nn.Parameter
+        assert mine.weight.dtype == torch.float32
+        assert type(small.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+        assert cosine(small(IDS).logits.float(), student(IDS).logits) > near
+
+
+# vLLM and SGLang: what they need, looked at without them
+
+
+def faults_for_engines(folder):
+    """Why an engine with its own models would not read a folder, or would read it wrongly.
+
+    They look the class up by name, build as many layers as the config says, read each entry
+    that has one value for each layer, and then fill in the weights by name."""
+    config = json.loads((folder / "config.json").read_text())
+    names = config["architectures"]
+    faults = [f"unknown class {n}" for n in names if not hasattr(tf, n)]
+    faults += [f"custom code: {key}" for key in ("auto_map",) if key in config]
+    faults += [f"custom code: {file.name}" for file in folder.glob("*.py")]
+    layers = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            keys = list(weights.keys())
+        layers |= {int(m[1]) for k in keys if (m := re.search(r"\.(\d+)\.", k))}
+        faults += [f"a weight of ours: {k}" for k in keys if "linear_patch" in k]
+    said = config.get("num_hidden_layers")
+    if said != len(layers) or layers != set(range(len(layers))):
+        faults.append(f"the config says {said} layers, the weights are of {len(layers)}")
+    lists = {k: v for k, v in config.items() if k.endswith(("layer_types", "layers_block_type"))}
+    faults += [f"{k} has {len(v)} entries" for k, v in lists.items() if v and len(v) != said]
+    return faults
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.2", "mistral", "qwen2", "qwen3", "gemma3"])
+def test_plain_students_are_what_vllm_and_sglang_read(name, tmp_path):
+    teacher = make(name)
+    save_student(prune(teacher, Cut(2, 4)), tmp_path / "pruned")
+    assert faults_for_engines(tmp_path / "pruned") == []
+    patch = FakePatch(1.5 * torch.eye(32), Cut(2, 4))
+    student = prune(teacher, Cut(2, 4), patch)
+    save_student(student, tmp_path / "patched")
+    faults = faults_for_engines(tmp_path / "patched")
+    assert any("custom code" in f for f in faults) and any("of ours" in f for f in faults)
+    if name != "gemma3":  # its norms behind the writers hold no rotation
+        save_student(fold(student), tmp_path / "folded")
+        assert faults_for_engines(tmp_path / "folded") == []

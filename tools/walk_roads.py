@@ -277,7 +277,240 @@ def speculative(s):
     return out
 
 
-ROADS = (gguf, speculative)
+# LoRA: a few steps on a student that was loaded from its folder
+
+
+def train(model, windows, steps=16, lr=1e-3):
+    "Mean losses of the first and the last four steps; batches of four windows."
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(weights, lr=lr), []
+    for step in range(steps):
+        ids = windows.ids[4 * step : 4 * step + 4]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[:4]) / 4, sum(losses[-4:]) / 4
+
+
+def lora(s):
+    "Adapters on a patched and on a folded student: trained, saved, loaded, merged, saved again."
+    import peft
+
+    lessons = lp.load_windows(s.args.calibration, s.tokenizer, seq_len=128, samples=64, seed=1)
+    out, few = {}, s.heldout[:4]
+    for name, student in (("patched", s.student("joint")), ("folded", s.folded("procrustes"))):
+        with tempfile.TemporaryDirectory() as place:
+            home, adapter, merged = (f"{place}/{x}" for x in ("student", "adapter", "merged"))
+            lp.save_student(student, home, s.tokenizer)
+            how = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+            model = peft.get_peft_model(lp.load_student(home), how)
+            before = lp.perplexity(model.eval(), few)
+            first, last = train(model.train(), lessons)
+            trained = lp.perplexity(model.eval(), few)
+            model.save_pretrained(adapter, save_embedding_layers=False)
+            settings = json.loads(Path(f"{adapter}/adapter_config.json").read_text())
+            again = peft.PeftModel.from_pretrained(lp.load_student(home), adapter).eval()
+            loaded = largest(again, model, few)
+            whole = again.merge_and_unload()
+            lp.save_student(whole, merged, s.tokenizer)
+            out[name] = dict(
+                names_student=settings["base_model_name_or_path"] == home,
+                steps=16,
+                weights=model.get_nb_trainable_parameters()[0],
+                loss=[first, last],
+                perplexity=[before, trained, lp.perplexity(lp.load_student(merged), few)],
+                loaded=loaded,
+                merged=largest(lp.load_student(merged), model, few),
+            )
+            print(f"lora: {name} {out[name]}", flush=True)
+    return out
+
+
+@torch.no_grad()
+def largest(a, b, windows):
+    "Largest difference of a logit on the first window."
+    ids = windows.ids[:1]
+    return (a(input_ids=ids).logits - b(input_ids=ids).logits).abs().max().item()
+
+
+# ONNX Runtime and OpenVINO, from one ONNX file; it holds a patch like any other matrix
+
+
+class Logits(torch.nn.Module):
+    "Token ids in, logits out: what an engine is given."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def export_onnx(model, file):
+    "One ONNX file for any batch and any length."
+    shapes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}}
+    torch.onnx.export(
+        Logits(model).eval(),
+        (torch.ones(2, 8, dtype=torch.long),),
+        file,
+        dynamo=True,
+        input_names=["ids"],
+        output_names=["logits"],
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+
+
+def in_onnxruntime(file):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda ids: torch.tensor(session.run(None, {"ids": [ids]})[0][0])
+
+
+def in_openvino(file):
+    import openvino
+
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda ids: torch.tensor(model([torch.tensor([ids]).numpy()])[0][0])
+
+
+def likeliest(run, ids, tokens):
+    "Greedy text, the whole sequence read anew for each token."
+    out = list(ids)
+    for _ in range(tokens):
+        out.append(int(run(out)[-1].argmax()))
+    return out[len(ids) :]
+
+
+def engines(s):
+    "A pruned, a patched and a folded student in ONNX Runtime and OpenVINO."
+    students = dict(pruned=s.student("none"), patched=s.student("joint"))
+    students["folded"] = s.folded("procrustes")
+    out = {}
+    for name, model in students.items():
+        with tempfile.TemporaryDirectory() as place:
+            file = f"{place}/student.onnx"
+            export_onnx(model, file)
+            for engine, start in (("ONNX Runtime", in_onnxruntime), ("OpenVINO", in_openvino)):
+                run = start(file)
+                prompts = s.prompts()[:3]
+                same = sum(s.greedy(model, p, 16) == likeliest(run, p, 16) for p in prompts)
+                found = s.compare(run, model, windows=2)
+                out[f"{name} {engine}"] = found | dict(prompts=len(prompts), same=same)
+                print(f"engines: {name} {engine} {out[f'{name} {engine}']}", flush=True)
+                del run
+    return out
+
+
+# Quantization: the layers in few bits, the patch in its own precision
+
+PATCHES = ("linear_patch", "linear_patch_out")
+
+
+def bits_and_bytes(folder, bits, patch):
+    "A student loaded in 8 or 4 bits; the patch too if it is not named."
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    skip = ["lm_head", *(() if patch else PATCHES)]
+    how = (
+        dict(load_in_8bit=True) if bits == 8 else dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    config = BitsAndBytesConfig(**how, llm_int8_skip_modules=skip)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, quantization_config=config, dtype=torch.float32
+    )
+
+
+def torchao_bits(folder, bits, patch):
+    "A loaded student whose layers torchao then turns to 8 or 4 bits."
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    def chosen(module, name):
+        mine = name.rpartition(".")[2] in PATCHES
+        return isinstance(module, torch.nn.Linear) and name != "lm_head" and (patch or not mine)
+
+    student = lp.load_student(folder)
+    four = dict(weight_dtype=torch.int4, granularity=PerGroup(32))
+    config = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(**four)
+    quantize_(student, config, filter_fn=chosen)
+    return student
+
+
+def quantization(s):
+    "Perplexity of students whose layers are in 8 and 4 bits."
+    students = {f: s.student(f) for f in ("none", "hadamard", "joint")}
+    students |= dict(dense=s.model, folded=s.folded("procrustes"))
+    out, few = {}, s.heldout[:4]
+    for name, student in students.items():
+        out[name] = {"float32": lp.perplexity(student, few)}
+        with tempfile.TemporaryDirectory() as place:
+            folder = f"{place}/student"
+            if name == "dense":
+                save_plain(student, folder, s.tokenizer)
+            else:
+                lp.save_student(student, folder, s.tokenizer)
+            for tool, load in (("bitsandbytes", bits_and_bytes), ("torchao", torchao_bits)):
+                if name == "dense" and tool == "torchao":
+                    continue
+                for bits in (8, 4):
+                    key = f"{tool} {bits}"
+                    out[name][key] = lp.perplexity(load(folder, bits, False), few)
+                    if name in ("hadamard", "joint"):
+                        try:
+                            value = lp.perplexity(load(folder, bits, True), few)
+                        except (ValueError, RuntimeError) as e:
+                            value = f"{type(e).__name__}: {e}"[:200]
+                        out[name][f"{key}, patch too"] = value
+        print(f"quantization: {name} {out[name]}", flush=True)
+    return out
+
+
+# Half precision and little text
+
+
+def half(s):
+    "Patches fitted on few windows and in half precision, and students that run in it."
+    families = ("hadamard", "procrustes", "joint")
+    whole = s.here
+    few = s.calibration[:8]
+    fitted = {
+        f"float32, {s.args.samples} windows": whole,
+        "float32, 8 windows": s.stats(s.cut, windows=few),
+    }
+    for dtype in ("bfloat16", "float16"):
+        low = lp.load_model(s.args.model, dtype=dtype)[0]
+        try:
+            fitted[f"{dtype}, 8 windows"] = s.stats(s.cut, low, few)
+        except ValueError as e:
+            fitted[f"{dtype}, 8 windows"] = str(e)
+    out = dict(fits={}, runs={})
+    base = fitted["float32, 8 windows"]
+    for name, stats in fitted.items():
+        if isinstance(stats, str):
+            out["fits"][name] = dict(refused=stats)
+            continue
+        scale = lp.channel_scale(stats, s.cut)
+        change = (scale / lp.channel_scale(base, s.cut) - 1).abs().max().item()
+        students = {f: s.student(f, stats, share=True) for f in families}
+        found = {f: lp.perplexity(m, s.heldout) for f, m in students.items()}
+        out["fits"][name] = dict(scale_change=change, perplexity=found)
+        print(f"half: {name} {out['fits'][name]}", flush=True)
+    for dtype in ("float32", "bfloat16", "float16"):
+        out["runs"][dtype] = {}
+        for family in ("none", *families):
+            student = s.student(family).to(getattr(torch, dtype))
+            out["runs"][dtype][family] = lp.perplexity(student, s.heldout)
+        print(f"half: {dtype} {out['runs'][dtype]}", flush=True)
+    return out
+
+
+ROADS = (gguf, speculative, lora, engines, quantization, half)
 
 
 def versions():
