@@ -15,9 +15,12 @@ from repo import load, root
 from safetensors import safe_open
 from tiny import IDS, FakePatch, liven, make
 
+from linearpatch.method.calibration import Windows
 from linearpatch.method.folding import fold
+from linearpatch.method.mismatch import collect
 from linearpatch.method.models import hidden_size, load_model, load_playground
 from linearpatch.method.pruning import patch_modules, prune
+from linearpatch.method.scaling import channel_scale
 from linearpatch.workshop.checkpoint import load_student, save_student
 from linearpatch.workshop.cuts import Cut
 from linearpatch.workshop.gguf import gguf_tokenizer
@@ -185,6 +188,16 @@ def test_adapters_of_students(kind, tmp_path):
     assert bool(patch_modules(back)) == (kind == "patched")
 
 
+def test_adapters_trained():
+    found, page = RECORD["lora"]["result"], printed("lora")
+    assert set(found) == {"patched", "folded"}
+    for name, r in found.items():
+        assert r["names_student"] and r["loss"][1] < r["loss"][0], name
+        assert r["loaded"] < 1e-3 and r["merged"] < 0.05
+        assert abs(r["perplexity"][2] / r["perplexity"][1] - 1) < 1e-3
+        assert f"| {r['perplexity'][0]:.1f} | {r['perplexity'][1]:.1f} |" in page
+
+
 # ONNX Runtime and OpenVINO
 
 
@@ -267,3 +280,42 @@ def test_plain_students_are_what_vllm_and_sglang_read(name, tmp_path):
     if name != "gemma3":  # its norms behind the writers hold no rotation
         save_student(fold(student), tmp_path / "folded")
         assert faults_for_engines(tmp_path / "folded") == []
+
+
+# Half precision
+
+
+def massive(dtype):
+    "A tiny model whose second layer writes numbers beyond the range of float16."
+    torch.manual_seed(0)
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3e4)
+    return model.to(dtype)
+
+
+def tiny_windows():
+    ids = torch.randint(3, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    return Windows(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def test_float16_that_overflows_is_refused():
+    "Before a patch is fitted; bfloat16 has the range."
+    cut = Cut(2, 4)
+    with pytest.raises(ValueError, match="float16 model may overflow, load it with dtype bfloat16"):
+        collect(massive(torch.float16), tiny_windows(), cuts=[cut])
+    whole, low = (
+        channel_scale(collect(massive(d), tiny_windows(), cuts=[cut]), cut)
+        for d in (torch.float32, torch.bfloat16)
+    )
+    assert low.isfinite().all() and (low / whole - 1).abs().max() < 0.02
+
+
+def test_sums_of_bfloat16_are_not_kept_in_it():
+    "Many windows leave the scale where one model's rounding put it: nothing builds up."
+    torch.manual_seed(0)
+    model, cut, windows = make("llama"), Cut(2, 4), tiny_windows()
+    many = Windows(windows.ids.repeat(64, 1), windows.mask.repeat(64, 1))
+    model = model.to(torch.bfloat16)
+    few, lots = (channel_scale(collect(model, w, cuts=[cut]), cut) for w in (windows, many))
+    torch.testing.assert_close(lots, few, atol=1e-6, rtol=1e-5)
