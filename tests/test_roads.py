@@ -155,6 +155,17 @@ def test_a_draft_leaves_the_text_alone():
         assert calls  # the draft was asked
 
 
+def test_drafts_said_what_their_teacher_says():
+    found, page = RECORD["speculative"]["result"], printed("speculative")
+    assert len(found) >= 9
+    for name, r in found.items():
+        assert r["same"] == r["prompts"] >= 8, name
+        assert r["tokens_a_pass"] == r["tokens"] / r["passes"]
+        assert r["acceptance"] == (r["tokens"] - r["passes"]) / r["drafted"]
+        family = name.split()[1]
+        assert f"| {family} | {r['same']} of {r['prompts']} | {r['acceptance']:.0%} |" in page
+
+
 # LoRA
 
 

@@ -444,7 +444,7 @@ def torchao_bits(folder, bits, patch):
 
 def quantization(s):
     "Perplexity of students whose layers are in 8 and 4 bits."
-    students = {f: s.student(f) for f in ("none", "hadamard", "joint")}
+    students = {f: s.student(f) for f in ("none", "joint")}
     students |= dict(dense=s.model, folded=s.folded("procrustes"))
     out, few = {}, s.heldout[:4]
     for name, student in students.items():
@@ -461,7 +461,7 @@ def quantization(s):
                 for bits in (8, 4):
                     key = f"{tool} {bits}"
                     out[name][key] = lp.perplexity(load(folder, bits, False), few)
-                    if name in ("hadamard", "joint"):
+                    if name == "joint":
                         try:
                             value = lp.perplexity(load(folder, bits, True), few)
                         except (ValueError, RuntimeError) as e:
@@ -476,9 +476,9 @@ def quantization(s):
 
 def half(s):
     "Patches fitted on few windows and in half precision, and students that run in it."
-    families = ("hadamard", "procrustes", "joint")
+    families = ("hadamard", "joint")
     whole = s.here
-    few = s.calibration[:8]
+    few, some = s.calibration[:8], s.heldout[:4]
     fitted = {
         f"float32, {s.args.samples} windows": whole,
         "float32, 8 windows": s.stats(s.cut, windows=few),
@@ -498,14 +498,14 @@ def half(s):
         scale = lp.channel_scale(stats, s.cut)
         change = (scale / lp.channel_scale(base, s.cut) - 1).abs().max().item()
         students = {f: s.student(f, stats, share=True) for f in families}
-        found = {f: lp.perplexity(m, s.heldout) for f, m in students.items()}
+        found = {f: lp.perplexity(m, some) for f, m in students.items()}
         out["fits"][name] = dict(scale_change=change, perplexity=found)
         print(f"half: {name} {out['fits'][name]}", flush=True)
     for dtype in ("float32", "bfloat16", "float16"):
         out["runs"][dtype] = {}
         for family in ("none", *families):
             student = s.student(family).to(getattr(torch, dtype))
-            out["runs"][dtype][family] = lp.perplexity(student, s.heldout)
+            out["runs"][dtype][family] = lp.perplexity(student, some)
         print(f"half: {dtype} {out['runs'][dtype]}", flush=True)
     return out
 
