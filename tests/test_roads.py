@@ -225,6 +225,14 @@ def test_onnx_holds_students(kind, tmp_path):
             torch.testing.assert_close(run(ids), want, atol=1e-4, rtol=1e-4)
 
 
+def test_engines_said_the_same():
+    found = RECORD["engines"]["result"]
+    assert len(found) == 6
+    for name, r in found.items():
+        assert r["kl"] < 1e-5 and r["same"] == r["prompts"], name
+        assert f"| {r['largest']:.1e} |" in printed("onnx")
+
+
 # Quantization
 
 

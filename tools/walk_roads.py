@@ -446,7 +446,7 @@ def quantization(s):
     "Perplexity of students whose layers are in 8 and 4 bits."
     students = {f: s.student(f) for f in ("none", "joint")}
     students |= dict(dense=s.model, folded=s.folded("procrustes"))
-    out, few = {}, s.heldout[:4]
+    out, few = {}, s.heldout
     for name, student in students.items():
         out[name] = {"float32": lp.perplexity(student, few)}
         with tempfile.TemporaryDirectory() as place:
