@@ -78,7 +78,8 @@ def greedy(model, ids, n=24):
 @pytest.mark.parametrize("road", RECORD)
 def test_a_record_can_be_made_again(road):
     record = RECORD[road]
-    assert record["command"].startswith("python tools/walk_roads.py smollm2")
+    assert record["command"].startswith("python tools/walk_roads.py ")
+    assert record["command"].split()[2] in ("smollm2", "playground")
     assert road in record["command"].split("--only")[1].split()
     assert {"torch", "transformers", "linearpatch"} <= set(record["versions"])
     assert record["seconds"] > 0 and record["machine"] and record["commit"] and record["result"]
@@ -257,6 +258,17 @@ def test_patches_stay_out_of_quantization(tool, tmp_path):
         assert mine.weight.dtype == torch.float32
         assert type(small.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
         assert cosine(small(IDS).logits.float(), student(IDS).logits) > near
+
+
+def test_quantized_students_keep_what_the_patch_gave():
+    found, page = RECORD["quantization"]["result"], printed("quantization")
+    for name in ("none", "joint", "folded"):
+        row = found[name]
+        for key in ("bitsandbytes 8", "torchao 8"):
+            assert abs(row[key] / row["float32"] - 1) < 0.1, (name, key)
+        assert f"{row['float32']:.1f}" in page
+    for key in ("bitsandbytes 8", "bitsandbytes 4", "torchao 8", "torchao 4"):
+        assert found["joint"][key] < found["none"][key]
 
 
 # vLLM and SGLang: what they need, looked at without them

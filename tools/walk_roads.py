@@ -570,7 +570,8 @@ def main():
         args.llama_cpp and (args.llama_cpp / "convert_hf_to_gguf.py").exists()
     ):
         raise SystemExit("the road gguf needs --llama-cpp, a folder with convert_hf_to_gguf.py")
-    s = Setting(*lp.load_model(args.model, dtype="float32"), args)
+    small = args.model == "playground"
+    s = Setting(*(lp.load_playground() if small else lp.load_model(args.model, "float32")), args)
     for road in roads:
         start = time.time()
         result = road(s)
