@@ -350,3 +350,22 @@ def test_sums_of_bfloat16_are_not_kept_in_it():
     model = model.to(torch.bfloat16)
     few, lots = (channel_scale(collect(model, w, cuts=[cut]), cut) for w in (windows, many))
     torch.testing.assert_close(lots, few, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_is_within_its_bounds():
+    found, page = RECORD["half"]["result"], printed("half")
+    assert {"fits", "runs"} == set(found)
+    for row in found["fits"].values():
+        for value in row.get("perplexity", {}).values():
+            assert f"{value:.1f}" in page
+    for row in found["runs"].values():
+        for value in row.values():
+            assert f"{value:.1f}" in page
+    base = found["fits"]["float32, 8 windows"]["perplexity"]
+    for name in ("bfloat16, 8 windows", "float16, 8 windows"):
+        row = found["fits"][name]
+        assert row["scale_change"] < 0.01
+        assert all(abs(v / base[f] - 1) < 0.01 for f, v in row["perplexity"].items())
+    whole = found["runs"]["float32"]
+    for dtype in ("bfloat16", "float16"):
+        assert all(abs(v / whole[f] - 1) < 0.01 for f, v in found["runs"][dtype].items())
