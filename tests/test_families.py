@@ -430,6 +430,13 @@ def test_one_window_has_nothing_to_validate_with():
     assert choose_ridge(Evidence(stats, CUT), "mlp") == (max(RIDGES), float("inf"))
 
 
+def test_least_error_below_zero(monkeypatch):
+    "Rounding leaves an error below zero where hardly a token is known; the least is taken still."
+    errors = {1e-3: -2e-9, 1e-2: 0.5, 1.0: 0.9}
+    monkeypatch.setattr(families, "cross_errors", lambda evidence, part: errors)
+    assert choose_ridge(None) == (1e-3, -2e-9)
+
+
 def test_fits_follow_the_device_and_type_of_the_moments():
     "On the device `meta` nothing is computed, but what lies elsewhere is refused."
     x, m, P, B = planted()

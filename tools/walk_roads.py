@@ -309,7 +309,7 @@ def lora(s):
             before = lp.perplexity(model.eval(), few)
             first, last = train(model.train(), lessons)
             trained = lp.perplexity(model.eval(), few)
-            model.save_pretrained(adapter, save_embedding_layers=False)
+            model.save_pretrained(adapter)
             settings = json.loads(Path(f"{adapter}/adapter_config.json").read_text())
             again = peft.PeftModel.from_pretrained(lp.load_student(home), adapter).eval()
             loaded = largest(again, model, few)

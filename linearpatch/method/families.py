@@ -340,7 +340,8 @@ def choose_ridge(
 ) -> tuple[float, float]:  # one of RIDGES, and its cross-validated error
     "The strongest ridge whose cross-validated error is near the least."
     errors = cross_errors(evidence, part)
-    best = max(r for r, error in errors.items() if error <= (1 + slack) * min(errors.values()))
+    least = min(errors.values())  # below zero by rounding, where hardly a token is known
+    best = max(r for r, error in errors.items() if error <= least + slack * abs(least))
     return best, errors[best]
 
 # %% ../../nbs/method/06_families.ipynb #dff2ef48
