@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import linearpatch as lp
+from linearpatch.method.pruning import patch_modules
 from linearpatch.workshop.files import write_json
 from linearpatch.workshop.forward import token_kl, token_nll
 
@@ -409,31 +410,27 @@ def engines(s):
 
 # Quantization: the layers in few bits, the patch in its own precision
 
-PATCHES = ("linear_patch", "linear_patch_out")
 
-
-def bits_and_bytes(folder, bits, patch):
-    "A student loaded in 8 or 4 bits; the patch too if it is not named."
+def bits_and_bytes(folder, bits):
+    "A student loaded in 8 or 4 bits."
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    skip = ["lm_head", *(() if patch else PATCHES)]
     how = (
         dict(load_in_8bit=True) if bits == 8 else dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     )
-    config = BitsAndBytesConfig(**how, llm_int8_skip_modules=skip)
+    config = BitsAndBytesConfig(**how, llm_int8_skip_modules=["lm_head"])
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, quantization_config=config, dtype=torch.float32
     )
 
 
-def torchao_bits(folder, bits, patch):
+def torchao_bits(folder, bits):
     "A loaded student whose layers torchao then turns to 8 or 4 bits."
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
     def chosen(module, name):
-        mine = name.rpartition(".")[2] in PATCHES
-        return isinstance(module, torch.nn.Linear) and name != "lm_head" and (patch or not mine)
+        return isinstance(module, torch.nn.Linear) and name != "lm_head"
 
     student = lp.load_student(folder)
     four = dict(weight_dtype=torch.int4, granularity=PerGroup(32))
@@ -459,14 +456,11 @@ def quantization(s):
                 if name == "dense" and tool == "torchao":
                     continue
                 for bits in (8, 4):
-                    key = f"{tool} {bits}"
-                    out[name][key] = lp.perplexity(load(folder, bits, False), few)
+                    few_bits = load(folder, bits)
+                    out[name][f"{tool} {bits}"] = lp.perplexity(few_bits, few)
                     if name == "joint":
-                        try:
-                            value = lp.perplexity(load(folder, bits, True), few)
-                        except (ValueError, RuntimeError) as e:
-                            value = f"{type(e).__name__}: {e}"[:200]
-                        out[name][f"{key}, patch too"] = value
+                        kept = {str(m.weight.dtype) for m in patch_modules(few_bits)}
+                        out[name][f"{tool} {bits}, patch"] = sorted(kept)
         print(f"quantization: {name} {out[name]}", flush=True)
     return out
 
