@@ -350,6 +350,10 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     other = prune(teacher, [Cut(1, 3)], [random_patch(Cut(1, 3))], share=True)
     with pytest.raises(ValueError, match="its cuts is"):
         distill(other, text(), teacher, lr=1e-2, batch_size=4, checkpoint=tmp_path, resume=True)
+    other = pair()[1]
+    other.config.linearpatch["patches"][0]["family"] = "lstsq"
+    with pytest.raises(ValueError, match="its patches is"):
+        distill(other, text(), teacher, lr=1e-2, batch_size=4, checkpoint=tmp_path, resume=True)
     result = matrix(
         student
     )  # a finished run, and a student that training has moved: the state holds the start

@@ -275,6 +275,12 @@ def test_cache(tmp_path, playground, loaded, counted):
     patch.matrix[5, 5] += 1e-6
     ask(prune(model, Cut(2, 8), patch, share=True))
     assert len(counted) == 12, "another model, or another patch by a hair, is another model"
+    model.config.rms_norm_eps *= 2
+    ask()
+    assert len(counted) == 14, "settings that decide the logits are part of what a model is"
+    model.config.rms_norm_eps /= 2
+    model.config._name_or_path = "elsewhere"
+    assert ask() == first and len(counted) == 14, "where it lies is not"
     assert {p.suffix for p in (tmp_path / "kept").iterdir()} == {".json"}
 
 
@@ -286,6 +292,8 @@ def test_a_broken_file_is_computed_again(tmp_path, playground, loaded, counted):
     [file] = tmp_path.iterdir()
     file.write_text(file.read_text()[:20])
     assert ask() == first and ask() == first and len(counted) == 2
+    file.write_text("[1, 2]")
+    assert ask() == first and ask() == first and len(counted) == 3
 
 
 def test_interrupted(tmp_path, playground, loaded, counted, monkeypatch):

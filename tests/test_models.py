@@ -192,6 +192,21 @@ def test_remote_code_is_off(tmp_path):
         load_model(tmp_path)
 
 
+def test_fingerprint_looks_at_every_number():
+    "Also at those that an even spacing would never meet; a weight that changes is hashed again."
+    model = make("llama")
+    seen = {fingerprint(model)}
+    weight = model.model.layers[1].mlp.down_proj.weight
+    for place in ((0, 1), (3, 5), (-1, -1)):
+        with torch.no_grad():
+            weight[place] += 1
+        seen.add(fingerprint(model))
+    weight.data[:, 1::2] *= 1.5  # which PyTorch does not count as a change
+    seen.add(fingerprint(model))
+    assert len(seen) == 5 and fingerprint(model) in seen
+    assert fingerprint(model.to(torch.bfloat16)) in seen
+
+
 def test_students_need_load_student(tmp_path):
     model, tokenizer = load_playground()
     model.config.linearpatch = {"patches": [{"cut": [1, 2]}]}

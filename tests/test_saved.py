@@ -114,6 +114,14 @@ def test_with_a_finished_cache_the_teacher_is_never_loaded(capsys, saved, monkey
     assert code == 2 and "another K (100, not 7)" in err
 
 
+def test_a_cache_that_is_kept_beside_the_state_is_not_deleted(capsys, saved):
+    own = [w for w in small if w not in ("--samples", "8")]
+    words = ["distill", saved, *own, *train, "--cache", "one.distill/cache"]
+    assert cli(capsys, *words, "--out", "one")[0] == 0
+    place = saved.parent / "one.distill" / "cache"
+    assert (place / "manifest.json").is_file() and list(place.glob("shard-*"))
+
+
 def test_distil_needs_a_patched_student(capsys, saved):
     for folder, said in (("nowhere", "there is no folder"), (playground_path(), "no student")):
         code, _, err = cli(capsys, "distill", folder, "--calibration", "passages", "--out", "new")

@@ -316,6 +316,7 @@ def _start(student, source, teacher, learning, settings):
     scheduler = get_scheduler("cosine_with_min_lr", optimizer, **decay)
     record = getattr(student.config, "linearpatch", None) or {}
     made_from = dict(model=teacher_fingerprint(student.config), cuts=record.get("cuts"))
+    made_from |= dict(patches=[p["family"] for p in record.get("patches", [])])
     identity = objective.identity | asdict(s) | made_from
     sizes = len(order.rows), len(order.heldout), objective.seq_len
     out = Distilled(objective.identity["mode"], asdict(s), *sizes, total=total)

@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -270,20 +271,35 @@ def load_playground() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # flo
     return model, tokenizer
 
 # %% ../../nbs/method/00_models.ipynb #9a42ecbb
+_HASHES = WeakTensorKeyDictionary()  # weight: (what it was like, its hash)
+
+
+def _hash(weight):
+    "SHA-256 of all numbers of a weight, rounded to bfloat16; kept for as long as it is the same."
+    w, like = weight.detach(), None
+    if not weight.is_inference():  # those do not count their changes
+        few = w.flatten()[:: w.numel() // 256 | 1]  # a change through .data is not counted
+        like = weight._version, weight.data_ptr(), weight.dtype, few.double().sum().item()
+        if weight in _HASHES and _HASHES[weight][0] == like:
+            return _HASHES[weight][1]
+    bits = w.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    found = hashlib.sha256(memoryview(bits.numpy()).cast("B")).digest()
+    if like:
+        _HASHES[weight] = like, found
+    return found
+
+
 def fingerprint(
     model: nn.Module,  # any model, wherever its weights lie
-    numbers: int = 64,  # looked at in each weight
 ) -> str:  # 16 hexadecimal digits
-    "Tells models apart by their weights (SHA-256), the same in float32 and in bfloat16."
+    "Tells models apart by all of their weights (SHA-256), the same in float32 and in bfloat16."
     found = hashlib.sha256()
     for path, module in sorted(model.named_modules()):
         own = list(module.parameters(recurse=False))
         away = any(p.device.type == "meta" for p in own)  # kept elsewhere by accelerate
         with align_module_device(module, "cpu") if away else nullcontext():
             for key, p in sorted(module.named_parameters(recurse=False)):
-                few = p.detach().flatten()[:: max(1, p.numel() // numbers)]
-                bits = few.to("cpu", torch.bfloat16).view(torch.int16)
-                found.update(f"{path}.{key} {tuple(p.shape)} ".encode() + bits.numpy().tobytes())
+                found.update(f"{path}.{key} {tuple(p.shape)} ".encode() + _hash(p))
     return found.hexdigest()[:16]
 
 # %% ../../nbs/method/00_models.ipynb #449fd07a

@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from linearpatch.workshop.checkpoint import (
     read_student,
     student_tokenizer,
 )
+from .files import write_json
 from .forward import NotFiniteError, evaluating
 from .places import check_folder
 from .student_code import plain_config
@@ -247,13 +247,21 @@ def _run_task(lm: Any, task: Any, limit: int | None, progress: bool) -> tuple[st
     return _hits(task, out["samples"][name])
 
 # %% ../../nbs/workshop/harness.ipynb #52e2ddcc
+# entries of a config that say where a model comes from, not what it computes
+_NAMES = "_name_or_path transformers_version dtype torch_dtype linearpatch auto_map".split()
+
+
 def _model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    "What a model's results are filed under: weights, all of its patches, dtype, tokenizer."
-    key = hashlib.sha256(fingerprint(model, numbers=4096).encode())
+    "What a model's results are filed under: weights, settings, patches, dtype, tokenizer."
+    key = hashlib.sha256(fingerprint(model).encode())
+    known = model.config.to_dict()
+    settings = {k: v for k, v in known.items() if k not in _NAMES}
+    key.update(json.dumps(settings, sort_keys=True, default=str).encode())
     probe = tokenizer("A probe: 1, 22 and 333 words.\n")["input_ids"]
     key.update(f"{model.dtype} {len(tokenizer)} {probe}".encode())
     for patch in patch_modules(model):
-        key.update(patch.weight.detach().float().cpu().numpy().tobytes())
+        for name, state in sorted(patch.state_dict().items()):
+            key.update(name.encode() + state.float().cpu().numpy().tobytes())
     return key.hexdigest()[:16]
 
 # %% ../../nbs/workshop/harness.ipynb #d439a270
@@ -270,17 +278,12 @@ def _cached(
     path = Path(cache).expanduser() / f"{settings['task']}-{name}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = None  # not there, or not whole
-    if kept:
         return kept["metric"], kept["hits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not whole
     metric, hits = run()
-    record = dict(settings, model=key, metric=metric, hits=hits)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # several evaluations may share the folder, so each process has a partial file of its own
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, dict(settings, model=key, metric=metric, hits=hits))
     return metric, hits
 
 # %% ../../nbs/workshop/harness.ipynb #6c1a026a

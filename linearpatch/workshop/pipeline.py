@@ -8,7 +8,6 @@ __all__ = ['diagnose_model', 'compared_cuts', 'needs_moments', 'fit_cut', 'choos
 
 # %% ../../nbs/workshop/pipeline.ipynb #ef242da3
 import contextlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -68,7 +67,7 @@ from linearpatch.workshop.request import (
     work_folder,
 )
 from .schema import REPORT_VERSION, plain
-from .teacher_cache import TopKCache, cache_teacher
+from .teacher_cache import TopKCache, cache_teacher, remove_cache
 from .training_state import STATE
 
 # %% ../../nbs/workshop/pipeline.ipynb #e0ce757c
@@ -219,6 +218,7 @@ def make_students(
 @contextlib.contextmanager
 def state_folder(
     request: RunConfig,  # the request
+    cache: str | Path | None = None,  # predictions of the teacher that are kept, wherever they are
 ) -> Iterator[Path | None]:  # None without distillation
     "OUT.distill, gone when the block ends well; a temporary folder where nothing is written."
     if not request.distill:
@@ -239,7 +239,9 @@ def state_folder(
             )
         raise
     (folder / STATE).unlink(missing_ok=True)
-    shutil.rmtree(folder / "cache", ignore_errors=True)
+    own = folder / "cache"
+    if cache is None or own.resolve() not in (place := Path(cache).resolve(), *place.parents):
+        remove_cache(own)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
 

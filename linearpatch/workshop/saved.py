@@ -181,7 +181,7 @@ def distill_saved_student(
 # %% ../../nbs/workshop/saved.ipynb #ae95facb
 def _distill_saved(request, path, config, tokenizer, lessons, corpora, cache):
     "Train, measure and write; all or nothing."
-    with state_folder(request) as work, output_folder(request.out) as folder:
+    with state_folder(request, cache) as work, output_folder(request.out) as folder:
         student, train = _train_saved(request, path, config, lessons, work, cache)
         before = _perplexities(request, student, corpora)
         result = train()

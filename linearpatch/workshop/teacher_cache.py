@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE_DTYPES', 'MANIFEST', 'FORMAT', 'index_dtype', 'bytes_per_token', 'Shard', 'Manifest', 'read_manifest',
-           'check_shard', 'check_identity', 'TopKCache', 'check_room', 'cache_teacher', 'find_cache']
+           'check_shard', 'check_identity', 'TopKCache', 'check_room', 'cache_teacher', 'find_cache', 'remove_cache']
 
 # %% ../../nbs/workshop/teacher_cache.ipynb #bcc36fe6
 import hashlib
@@ -352,3 +352,14 @@ def find_cache(
         asked |= dict(model=made)
     check_identity(folder, manifest, asked)
     return TopKCache(folder) if manifest.done == len(windows) else None
+
+# %% ../../nbs/workshop/teacher_cache.ipynb #af523b90
+def remove_cache(
+    folder: str | Path,  # perhaps a cache
+) -> None:
+    "Delete a cache: its manifest and its shards, nothing else; the folder if it is empty then."
+    folder = Path(folder)
+    for file in (*folder.glob("shard-*.safetensors"), folder / MANIFEST):
+        file.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
