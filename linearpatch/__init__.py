@@ -70,6 +70,7 @@ _plain = (  # rooms whose names only other rooms use
     "workshop.guarding",
     "workshop.gguf",
     "workshop.accumulators",
+    "workshop.removal",
     "workshop.rewriting",
     "workshop.streaming",
     "workshop.tables",
