@@ -240,7 +240,8 @@ def state_folder(
         raise
     (folder / STATE).unlink(missing_ok=True)
     own = folder / "cache"
-    if cache is None or own.resolve() not in (place := Path(cache).resolve(), *place.parents):
+    kept = None if cache is None else Path(cache).expanduser().resolve()
+    if kept is None or own.resolve() not in (kept, *kept.parents):
         remove_cache(own)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()

@@ -39,7 +39,7 @@ def bypass(
 # %% ../../nbs/workshop/removal.ipynb #54d13424
 @contextmanager
 def _at_rest(models: Sequence[nn.Module]) -> Iterator[None]:
-    "Without gradients, dropout and autocast; afterwards each module is as it was."
+    "Without gradients and dropout; afterwards each module is as it was."
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
