@@ -29,6 +29,16 @@ def second_model():
 
 
 @pytest.fixture
+def quiet():
+    "Without transformers' progress bars."
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
 def hub(monkeypatch):
     "A stand-in for the Hub that keeps what it is asked for."
     import datasets

@@ -23,11 +23,7 @@ CUTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    tf.utils.logging.disable_progress_bar()
-    yield
-    tf.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def patches_for(cuts):

@@ -34,11 +34,7 @@ RECORD = json.loads((NBS / "records/roads.json").read_text())
 LLAMA_CPP = os.environ.get("LLAMA_CPP", "")
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    tf.utils.logging.disable_progress_bar()
-    yield
-    tf.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def printed(name):

@@ -23,11 +23,7 @@ PROMPTS = ["The old man came to the river", "It was", "She looked at him, and"]
 plain = dict(rope_type="default", rope_theta=10000.0)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    tf.utils.logging.disable_progress_bar()
-    yield
-    tf.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def serve(folder, out, **kw):

@@ -25,11 +25,7 @@ nemotron olmo olmo2 openai-gpt opt persimmon phi3 qwen2 qwen3 sarvam_moe smollm3
 REFUSED = {"jamba"}  # at every cut: with the reason
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    tf.utils.logging.disable_progress_bar()
-    yield
-    tf.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def kinds(row):
