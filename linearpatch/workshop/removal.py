@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,7 @@ def _unusable(model: PreTrainedModel) -> str:
 
 # %% ../../nbs/workshop/removal.ipynb #3f8be62e
 REMEDY = "choose other layers, or another model"
+_PASSED: WeakKeyDictionary[PreTrainedModel, set[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def _check_cache(model: PreTrainedModel, student: PreTrainedModel, ids: Tensor, what: str) -> None:
@@ -125,7 +127,9 @@ def check_removal(
 ) -> None:
     """ValueError unless the shorter model is the intact one without those layers.
 
-    A warning, and no check, where the model cannot be run."""
+    A warning, and no check, where the model cannot be run. What has passed is not run again."""
+    if tuple(removed) in _PASSED.get(model, ()):
+        return
     what = f"{type(model).__name__} cannot lose these layers"
     if why := _unusable(model):
         warnings.warn(f"the removal is not checked by a run: {why}", stacklevel=3)
@@ -152,3 +156,4 @@ def check_removal(
                 f"Something goes from layer to layer beside the hidden states; {REMEDY}"
             )
         _check_cache(model, student, ids, what)
+    _PASSED.setdefault(model, set()).add(tuple(removed))
